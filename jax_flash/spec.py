@@ -1,0 +1,80 @@
+"""The one description of an attention call.
+
+`AttentionSpec` says what a call computes, without any array: it is hashable, travels through `jax.custom_vjp` as a
+static argument, and becomes the attributes of the custom call (`attributes`), where the C++ side decodes the same
+names into `jf::Spec` and `jf::Problem` (cuda/spec.h).
+
+`Operands` holds the arrays beside query, key and value. Leading axes `*B` are the batch axes of the query; every
+operand has all of them, each either full or of size 1 (broadcast, read with stride 0).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Operands(NamedTuple):
+    """Arrays beside query, key and value, in the order in which the custom calls take those that are present."""
+
+    q_offset: Any = None  # int32 [*B]: query i stands at key position i + q_offset
+    q_segment_ids: Any = None  # int32 [*B, T]
+    kv_segment_ids: Any = None  # int32 [*B, S]
+    q_lengths: Any = None  # int32 [*B]
+    kv_lengths: Any = None  # int32 [*B]
+    mask: Any = None  # bool [*B, N|1, T|1, S|1]
+    bias: Any = None  # query dtype or float32 [*B, N|1, T|1, S|1]
+    alibi_slopes: Any = None  # float32 [*B, N]
+    sinks: Any = None  # float32 [N]: no batch axes
+    dropout_seed: Any = None  # uint32 [*B, 2]
+    dropout_batch: Any = None  # int32 [*B]: index of the batch entry in the unsharded, unmapped call
+    dropout_head: Any = None  # int32 [N]: index of the head in the unsharded call; no batch axes
+
+    def present(self) -> dict[str, Any]:
+        return {name: array for name, array in self._asdict().items() if array is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What one attention call computes. Sizes and dtypes are not part of it: they come from the arrays."""
+
+    scale: float
+    causal: bool = False
+    window_left: int | None = None  # keys visible before the position; None: unbounded
+    window_right: int | None = None
+    softcap: float = 0.0  # 0: none
+    dropout_rate: float = 0.0
+    deterministic: bool = False
+    kv_splits: int = 1  # forward only: parts of the key sequence computed apart and combined by lse
+
+    def attributes(self, q, k, v, operands: Operands) -> dict[str, Any]:
+        """Attributes of the custom call on these (per-device) arrays: [*B, T, N, H], [*B, S, K, H], [*B, S, K, Hv]."""
+        batch = int(np.prod([max(sizes) for sizes in zip(q.shape[:-3], k.shape[:-3], v.shape[:-3], strict=True)], dtype=np.int64))
+        return {
+            "dtype": str(np.dtype(q.dtype)),
+            "bias_dtype": "none" if operands.bias is None else str(np.dtype(operands.bias.dtype)),
+            "batch": np.int64(batch),
+            "q_len": np.int64(q.shape[-3]),
+            "kv_len": np.int64(k.shape[-3]),
+            "q_heads": np.int64(q.shape[-2]),
+            "kv_heads": np.int64(k.shape[-2]),
+            "head_dim": np.int64(q.shape[-1]),
+            "value_dim": np.int64(v.shape[-1]),
+            "scale": np.float32(self.scale),
+            "causal": self.causal,
+            "window_left": np.int64(-1 if self.window_left is None else self.window_left),
+            "window_right": np.int64(-1 if self.window_right is None else self.window_right),
+            "softcap": np.float32(self.softcap),
+            "dropout_rate": np.float32(self.dropout_rate),
+            "deterministic": self.deterministic,
+            "kv_splits": np.int64(self.kv_splits),
+            "q_offset": operands.q_offset is not None,
+            "segment_ids": operands.q_segment_ids is not None,
+            "q_lengths": operands.q_lengths is not None,
+            "kv_lengths": operands.kv_lengths is not None,
+            "mask": operands.mask is not None,
+            "alibi": operands.alibi_slopes is not None,
+            "sinks": operands.sinks is not None,
+        }
