@@ -1,0 +1,139 @@
+"""Time attention: `python -m benchmarks --help`.
+
+Every implementation is checked against float32 attention before it is timed. Results go to a file of JSON lines, one a case and
+implementation; the grid's lines carry the keys impl, dtype, dir, D, causal, S, tflops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import report, timing
+from .cases import Case, grid, named
+from .peers import PEERS, Attention, Skip, exact
+
+TOLERANCE = {"bf16": 2e-2, "f16": 4e-3, "f32": 1e-5, "fp8": 8e-2}
+
+
+def check(case: Case, attention: Attention, arrays) -> float:
+    """Relative error of the last rows of one head; raises if it is out of bounds. Features change the answer and are tested elsewhere."""
+    q, k, v, _ = arrays
+    out = jax.jit(attention)(q, k, v)[0, -128:, 0].astype(jnp.float32)
+    right = exact(case, q, k, v)
+    error = float(jnp.linalg.norm(out - right) / jnp.linalg.norm(right))
+    if not error < TOLERANCE[case.precision or case.dtype]:
+        raise AssertionError(f"relative error {error:.1e}")
+    return error
+
+
+def measure(case: Case, name: str) -> dict:
+    """One line of results; raises Skip where the implementation does not do the case."""
+    attention = PEERS[name](case)
+    arrays = case.arrays()
+    *operands, cotangent = arrays
+    line = {"error": check(case, attention, arrays)} if not case.feature else {}
+    if case.direction == "fwd":
+        call = jax.jit(attention)
+    else:
+        _, pullback = jax.jit(lambda *x: jax.vjp(attention, *x))(*operands)
+        call, operands = jax.jit(lambda pull, g: pull(g)), [pullback, cotangent]
+
+    def run():
+        return call(*operands)
+
+    timing.warm_up(run)
+    kernel, wall = timing.kernel_ms(run), timing.wall_ms(run)
+    return line | {
+        "kernel_ms": kernel,
+        "wall_ms": wall,
+        "tflops": case.flops / (kernel or wall) / 1e9,
+    }
+
+
+def main() -> int:
+    groups = named()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("groups", nargs="*", default=["grid"], help=f"any of {', '.join(groups)} (default: grid)")
+    parser.add_argument("--quick", action="store_true", help="a small grid: the two minutes' look")
+    parser.add_argument(
+        "--impl", nargs="+", default=["jax_flash", "cudnn"], choices=list(PEERS), help="implementations to time"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", help="grid only: sequence lengths")
+    parser.add_argument("--head-dims", type=int, nargs="+", help="grid only: head sizes")
+    parser.add_argument("--directions", nargs="+", choices=["fwd", "bwd"], help="only these")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmark.jsonl"))
+    parser.add_argument("--commit", default="", help="recorded with the results where git cannot tell it")
+    parser.add_argument("--pictures", action="store_true", help="draw TFLOP/s by length beside the results")
+    args = parser.parse_args()
+
+    unknown = [group for group in args.groups if group not in groups]
+    if unknown:
+        parser.error(f"unknown group {unknown[0]!r}: choose from {', '.join(groups)}")
+    if args.lengths or args.head_dims:
+        filters = {key: value for key, value in (("lengths", args.lengths), ("head_dims", args.head_dims)) if value}
+        groups["grid"] = list(grid(**filters))
+    cases = groups["quick"] if args.quick else [case for group in args.groups for case in groups[group]]
+    cases = [case for case in cases if not args.directions or case.direction in args.directions]
+    console = Console()
+    about = report.machine(args.commit)
+    console.print(" · ".join(f"{key}: {value}" for key, value in about.items() if value))
+
+    table = Table("case", *args.impl, *([f"{args.impl[0]} / {name}" for name in args.impl[1:]]), title="TFLOP/s")
+    failures = 0
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with args.out.open("w") as out, Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(cases) * len(args.impl))
+        for case in cases:
+            speeds: dict[str, float] = {}
+            notes: dict[str, str] = {}
+            for name in args.impl:
+                progress.update(task, description=f"{name}: {case}")
+                line = {
+                    "impl": name,
+                    "group": case.group,
+                    "dtype": "e4m3" if case.precision == "fp8" else case.dtype,
+                    "dir": case.direction,
+                    "D": case.head_dim,
+                    "causal": int(case.causal),
+                    "S": case.kv_len,
+                    "case": str(case),
+                }
+                try:
+                    line |= measure(case, name)
+                    speeds[name] = line["tflops"]
+                except Skip as skip:
+                    notes[name] = "-"
+                    line["skipped"] = str(skip)
+                except Exception as error:  # noqa: BLE001 - one implementation's failure must not end the run
+                    failures += name == "jax_flash"
+                    notes[name] = "failed"
+                    line["failed"] = f"{type(error).__name__}: {error}"[:400]
+                    console.print(f"[red]{name}: {case}: {line['failed']}")
+                out.write(json.dumps(line | about) + "\n")
+                out.flush()
+                progress.advance(task)
+            first = speeds.get(args.impl[0])
+            ratios = [f"{first / speeds[name]:.2f}" if first and name in speeds else "" for name in args.impl[1:]]
+            table.add_row(
+                str(case), *[f"{speeds[name]:.3g}" if name in speeds else notes[name] for name in args.impl], *ratios
+            )
+    console.print(table)
+    console.print(f"results: {args.out}")
+    if args.pictures:
+        for path in report.pictures(report.read(args.out), args.out.parent):
+            console.print(f"picture: {path}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Results as lines of JSON, as a table and as pictures."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+LABELS = {"jax_flash": "jax_flash", "cudnn": "cuDNN (jax.nn)", "xla": "XLA (jax.nn)", "pallas": "Pallas Mosaic GPU"}
+COLORS = {"jax_flash": "#d95f02", "cudnn": "#1b9e77", "xla": "#999999", "pallas": "#7570b3"}
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def machine(commit: str = "") -> dict[str, Any]:
+    """What the figures were taken on: device, driver, clocks, versions, commit."""
+    device = jax.devices()[0]
+    query = "driver_version,clocks.sm,clocks.mem,power.limit"
+    return {
+        "device": getattr(device, "device_kind", device.platform)
+        if device.platform == "gpu"
+        else platform.processor() or "cpu",
+        "driver, SM clock, memory clock, power limit": _output(
+            "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"
+        ).split("\n")[0],
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "commit": commit or _output("git", "rev-parse", "--short", "HEAD"),
+        "date": _output("date", "-u", "+%Y-%m-%d"),
+    }
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def pictures(rows: Iterable[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
+    """TFLOP/s by length on the grid, a picture a direction and precision: a panel for each head size, full and causal."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row.get("group") in ("grid", "quick", "fp8") and "tflops" in row]
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for direction, dtype in sorted({(row["dir"], row["dtype"]) for row in rows}):
+        mine = [row for row in rows if (row["dir"], row["dtype"]) == (direction, dtype)]
+        dims = sorted({row["D"] for row in mine})
+        figure, axes = plt.subplots(2, len(dims), figsize=(3.4 * len(dims) + 0.6, 5.6), sharey=True, squeeze=False)
+        for column, dim in enumerate(dims):
+            for causal in (0, 1):
+                axis = axes[causal][column]
+                cell = [row for row in mine if row["D"] == dim and row["causal"] == causal]
+                for impl in [name for name in LABELS if any(row["impl"] == name for row in cell)]:
+                    points = sorted((row["S"], row["tflops"]) for row in cell if row["impl"] == impl)
+                    axis.plot(*zip(*points), marker="o", label=LABELS[impl], color=COLORS[impl])
+                axis.set_xscale("log", base=2)
+                axis.set_title(f"head size {dim}, {'causal' if causal else 'full'}", fontsize=10)
+                axis.grid(alpha=0.3)
+                axis.set_ylim(bottom=0)
+                if causal:
+                    axis.set_xlabel("sequence length")
+            axes[0][0].set_ylabel("TFLOP/s")
+            axes[1][0].set_ylabel("TFLOP/s")
+        axes[0][0].legend(fontsize=8)
+        figure.suptitle({"fwd": "forward", "bwd": "backward"}[direction] + f", {dtype}, {mine[0].get('device', '')}")
+        figure.tight_layout()
+        written.append(folder / f"{direction}_{dtype}.png")
+        figure.savefig(written[-1], dpi=130)
+        plt.close(figure)
+    return written

@@ -1,0 +1,43 @@
+"""How long a jitted call takes on the device, and how long the caller waits for it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+
+REPEATS = 20
+
+
+def kernel_ms(call: Callable[[], object], repeats: int = REPEATS) -> float | None:
+    """Median over `repeats` calls of the sum of their kernels' times, by CUPTI; None where JAX offers none."""
+    if jax.default_backend() != "gpu":
+        return None
+    try:
+        from jax.experimental.mosaic.gpu import profiler
+    except ImportError:
+        return None
+    _, runs = profiler.measure(call, aggregate=True, iterations=repeats)()
+    return statistics.median(runs) if runs else None
+
+
+def wall_ms(call: Callable[[], object], repeats: int = REPEATS, budget_s: float = 2.0) -> float:
+    """Time per call of calls queued one after the other, median of five rounds; fewer calls where they are long."""
+
+    def round_s(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = call()
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / calls
+
+    calls = max(1, min(repeats, int(budget_s / 5 / round_s(1))))
+    return statistics.median(round_s(calls) for _ in range(5)) * 1e3
+
+
+def warm_up(call: Callable[[], object], repeats: int = 3) -> None:
+    for _ in range(repeats):
+        out = call()
+    jax.block_until_ready(out)
