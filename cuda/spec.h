@@ -35,7 +35,7 @@ struct Spec {
   bool grouped;                  // fewer key heads than query heads
   bool lse_cotangent;            // backward: the lse has a cotangent
   bool deterministic;            // backward: same bits from run to run
-  constexpr bool bias() const { return bias_dtype != DType::kNone; }
+  constexpr JF_HOST_DEVICE bool bias() const { return bias_dtype != DType::kNone; }
 };
 
 // An operand may have fewer batch entries than the call (some leading axes broadcast): entry b of the call reads entry (b / div) % mod.
