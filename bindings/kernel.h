@@ -53,12 +53,23 @@ struct Call {
 
 // One kernel to compile.
 struct KernelVariant {
-  std::string source;   // file under cuda/, which includes "variant.h"
+  std::string source;   // file under cuda/, compiled after variant.h
   std::string entry;    // its extern "C" __global__ function
   std::string variant;  // text of variant.h: see VariantText
   int threads;          // of a block
   size_t shared_bytes;  // dynamic shared memory of a block
 };
+
+// Calls visit(field) for every field, in order; a field that is missing here does not compile.
+template <typename Visit>
+void ForEachField(const Spec& spec, Visit&& visit) {
+  const auto& [dtype, bias_dtype, head_dim, value_dim, causal, window_left, window_right, q_offset, segment_ids,
+               q_lengths, kv_lengths, mask, alibi, softcap, sinks, dropout, grouped, lse_cotangent, deterministic] =
+      spec;
+  auto all = [&](const auto&... fields) { (visit(fields), ...); };
+  all(dtype, bias_dtype, head_dim, value_dim, causal, window_left, window_right, q_offset, segment_ids, q_lengths,
+      kv_lengths, mask, alibi, softcap, sinks, dropout, grouped, lse_cotangent, deterministic);
+}
 
 // Text of variant.h: `kSpec`, then whatever the kernel file expects beside it (`kTiles`). A support kernel that reads
 // only part of the spec passes one with the rest cleared, so that its variants are shared.
