@@ -11,6 +11,7 @@ operand has all of them, each either full or of size 1 (broadcast, read with str
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,41 @@ class Operands(NamedTuple):
         return {name: array for name, array in self._asdict().items() if array is not None}
 
 
+# Axes of every array of a call after its batch axes. T, S: query and key length; N, K: query and key heads; H, V: head
+# sizes of query and key, and of value; 2: the words of a seed.
+TRAILING_AXES = {
+    "q": "TNH",
+    "k": "SKH",
+    "v": "SKV",
+    "out": "TNV",
+    "lse": "NT",
+    "dout": "TNV",
+    "dlse": "NT",
+    "dq": "TNH",
+    "dk": "SKH",
+    "dv": "SKV",
+    "dbias": "NTS",
+    "q_offset": "",
+    "q_segment_ids": "T",
+    "kv_segment_ids": "S",
+    "q_lengths": "",
+    "kv_lengths": "",
+    "mask": "NTS",
+    "bias": "NTS",
+    "alibi_slopes": "N",
+    "sinks": "N",
+    "dropout_seed": "2",
+    "dropout_batch": "",
+    "dropout_head": "N",
+}
+WITHOUT_BATCH = frozenset({"sinks", "dropout_head"})
+
+
+def batch_shape(q: Any, k: Any, v: Any) -> tuple[int, ...]:
+    """The full batch axes *B: each is full in one of the three arrays at least."""
+    return np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """What one attention call computes. Sizes and dtypes are not part of it: they come from the arrays."""
@@ -51,11 +87,10 @@ class AttentionSpec:
 
     def attributes(self, q, k, v, operands: Operands) -> dict[str, Any]:
         """Attributes of the custom call on these (per-device) arrays: [*B, T, N, H], [*B, S, K, H], [*B, S, K, Hv]."""
-        batch = int(np.prod([max(sizes) for sizes in zip(q.shape[:-3], k.shape[:-3], v.shape[:-3], strict=True)], dtype=np.int64))
         return {
             "dtype": str(np.dtype(q.dtype)),
             "bias_dtype": "none" if operands.bias is None else str(np.dtype(operands.bias.dtype)),
-            "batch": np.int64(batch),
+            "batch": np.int64(math.prod(batch_shape(q, k, v))),
             "q_len": np.int64(q.shape[-3]),
             "kv_len": np.int64(k.shape[-3]),
             "q_heads": np.int64(q.shape[-2]),

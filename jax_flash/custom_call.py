@@ -1,0 +1,502 @@
+"""Attention as custom calls, under every transformation of JAX.
+
+    attend
+      shard_map                 only on a mesh with explicit axes: their types carry the sharding
+        custom_vjp              forward, then backward and bias gradient as calls of their own
+          custom_jvp            only to say that the calls themselves have no derivative
+            custom_vmap         a mapped axis becomes one more batch axis; nothing is folded by reshape
+              custom_partitioning   batch and heads stay sharded, all other axes are gathered
+                _per_device     the kernel (an FFI call) on CUDA, the tiles of xla.py elsewhere
+
+Every layer takes the arrays of a call flat and in order; `Call` names them. Batch axes `*B` are full or of size 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_flash import xla
+from jax_flash.extension import native
+from jax_flash.spec import TRAILING_AXES, WITHOUT_BATCH, AttentionSpec, Operands, batch_shape
+
+SAVE_NAMES = ("jax_flash_out", "jax_flash_lse")
+"""Names (`checkpoint_name`) of output and lse: a remat policy that saves both runs the forward kernel once."""
+
+logger = logging.getLogger("jax_flash")
+
+# Of a backward call: they always have the full batch axes.
+_RESIDUALS = ("out", "lse", "dout", "dlse")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One custom call without its arrays."""
+
+    direction: str  # "forward", "backward", "bias_gradient"
+    spec: AttentionSpec
+    path: str  # "kernel": CUDA only; "any": the kernel on CUDA where there is one, else the tiles of xla.py
+    names: tuple[str, ...]  # of the arrays it takes
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv"), "bias_gradient": ("dbias",)}[self.direction]
+
+    @property
+    def target(self) -> str:
+        return f"jax_flash_{self.direction}"
+
+    @property
+    def title(self) -> str:
+        return self.direction.replace("_", " ")
+
+    def operands(self, arrays: Sequence[Any]) -> Operands:
+        return Operands(**{name: x for name, x in zip(self.names, arrays, strict=True) if name in Operands._fields})
+
+    def attributes(self, arrays: Sequence[Any]) -> dict[str, Any]:
+        q, k, v = arrays[:3]
+        attributes = self.spec.attributes(q, k, v, self.operands(arrays))
+        return attributes if self.direction == "forward" else attributes | {"lse_cotangent": "dlse" in self.names}
+
+    def result_shapes(self, arrays: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+        """Of arrays or shapes of arrays (anything with .shape and .ndim)."""
+        if self.direction == "bias_gradient":
+            return (arrays[self.names.index("bias")].shape,)
+        batch = batch_shape(*arrays[:3])
+        (t, n, h), (s, k, v) = arrays[0].shape[-3:], arrays[2].shape[-3:]
+        if self.direction == "forward":
+            return (*batch, t, n, v), (*batch, n, t)
+        return (*batch, t, n, h), (*batch, s, k, h), (*batch, s, k, v)
+
+
+# --- the per-device call ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _architectures() -> tuple[int, ...]:
+    """Compute capabilities (90: 9.0) of this machine's GPUs."""
+    try:
+        return tuple(sorted({device["arch"] for device in native().devices()}))
+    except RuntimeError:
+        return ()
+
+
+def _plan(call: Call, arrays: Sequence[Any]) -> dict[str, Any]:
+    """The extension's plan for the call on the GPU of this machine, or {"reason": why there is none}."""
+    try:
+        plan = functools.partial(native().plan, call.target, call.attributes(arrays))
+    except ImportError as error:
+        return {"reason": f"the extension is not there ({error})"}
+    plans = [plan(arch) for arch in _architectures()]
+    if plans:
+        return next((refusal for refusal in plans if "reason" in refusal), plans[-1])
+    # No GPU here: the program may be lowered for one elsewhere.
+    portable = [plan(arch) for arch in _PORTABLE]
+    return next((plan for plan in portable if "reason" not in plan), portable[0])
+
+
+_PORTABLE = (80, 90)  # the architectures whose kernels newer GPUs may run
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.debug(message)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """Mesh axes over which x varies inside shard_map(check_vma=True)."""
+    aval = jax.typeof(x)
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset(aval.vma if manual is None else manual.varying)
+
+
+def _fill_gaps(name: str, x: Any, batch: tuple[int, ...]) -> Any:
+    """x with those batch axes materialised that keep its full axes from being one contiguous run (jf::BatchMap)."""
+    if name in WITHOUT_BATCH:
+        return x
+    full = [i for i, size in enumerate(batch) if size > 1 and x.shape[i] == size]
+    gaps = [i for i in range(full[0], full[-1]) if x.shape[i] != batch[i]] if full else []
+    shape = tuple(batch[i] if i in gaps else size for i, size in enumerate(x.shape))
+    return jnp.broadcast_to(x, shape) if gaps else x
+
+
+def _kernel(call: Call, *arrays: Any) -> tuple[Any, ...]:
+    batch = batch_shape(*arrays[:3])
+    dense = tuple(_fill_gaps(name, x, batch) for name, x in zip(call.names, arrays, strict=True))
+    attributes = call.attributes(dense)
+    results = [
+        (shape, np.float32 if name == "lse" else arrays[0].dtype)
+        for name, shape in zip(call.results, call.result_shapes(dense), strict=True)
+    ]
+    if call.direction == "bias_gradient":
+        results = [(shape, call.operands(arrays).bias.dtype) for shape, _ in results]
+    results.append(((native().scratch_bytes(call.target, attributes),), np.uint8))
+    # Inside shard_map(check_vma=True) a result must vary over the mesh axes over which the operands vary.
+    types = [jax.typeof(arrays[0]).update(shape=shape, dtype=np.dtype(dtype)) for shape, dtype in results]
+    *outputs, _ = jax.ffi.ffi_call(call.target, types)(*dense, **attributes)
+    if call.direction == "bias_gradient":
+        bias = call.operands(arrays).bias
+        filled = tuple(i for i, (size, got) in enumerate(zip(bias.shape, outputs[0].shape, strict=True)) if size != got)
+        return (outputs[0].sum(filled, keepdims=True).astype(bias.dtype),)
+    return tuple(outputs)
+
+
+def _tiles(call: Call, *arrays: Any) -> tuple[Any, ...]:
+    operands = call.operands(arrays)
+    q, k, v = arrays[:3]
+    if call.direction == "forward":
+        return tuple(xla.forward(call.spec, q, k, v, operands))
+    out, lse, dout = arrays[3:6]
+    dlse = arrays[6] if "dlse" in call.names else None
+    if call.direction == "bias_gradient":
+        return (xla.bias_gradient(call.spec, q, k, v, operands, out, lse, dout, dlse),)
+    return tuple(xla.backward(call.spec, q, k, v, operands, out, lse, dout, dlse))
+
+
+def _per_device(call: Call, *arrays: Any) -> tuple[Any, ...]:
+    reason = _plan(call, arrays).get("reason")
+    if reason and call.path == "kernel":
+        raise NotImplementedError(f"implementation='cuda': no kernel for the {call.title} of this call: {reason}")
+    tiles, kernel = functools.partial(_tiles, call), functools.partial(_kernel, call)
+    if reason:
+        _log_once(f"{call.title} by XLA: {reason}")
+        return tiles(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=None if call.path == "kernel" else tiles)
+
+
+# --- sharding: batch and heads stay where they are -------------------------------------------------------------------
+
+
+class _Layout(NamedTuple):
+    """Which axes of the arrays of a call may be sharded."""
+
+    arguments: tuple[tuple[str | None, ...], ...]  # of each array and axis: "b0", "b1", ..., "N", "K"; None: never
+    results: tuple[tuple[str | None, ...], ...]
+    sizes: dict[str, int]  # of each label
+
+
+def _layout(call: Call, arrays: Sequence[Any]) -> _Layout:
+    batch = batch_shape(*arrays[:3])
+    heads = {"N": arrays[0].shape[-2], "K": arrays[1].shape[-2]}
+    sizes = {f"b{i}": size for i, size in enumerate(batch)} | heads
+
+    def labels(name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+        leading = [] if name in WITHOUT_BATCH else [f"b{i}" for i in range(len(batch))]
+        axes = [*leading, *(axis if axis in heads else None for axis in TRAILING_AXES[name])]
+        return tuple(a if a and sizes[a] == size else None for a, size in zip(axes, shape, strict=True))
+
+    return _Layout(
+        tuple(labels(name, x.shape) for name, x in zip(call.names, arrays, strict=True)),
+        tuple(labels(name, shape) for name, shape in zip(call.results, call.result_shapes(arrays), strict=True)),
+        sizes,
+    )
+
+
+def _sharding_rule(layout: _Layout) -> tuple[str, dict[str, Any]]:
+    """The rule in the notation of custom_partitioning, and its keywords.
+
+    An axis that no other array shares gets a factor of its own: broadcast axes (of size 1), and for simplicity also
+    lengths and sizes, which must not be sharded either.
+    """
+    n, k = layout.sizes["N"], layout.sizes["K"]
+    grouped = 1 < k < n  # a factor of size 1 may not be part of a compound factor
+    factors = {"N": "(k g)" if grouped else "n", "K": "k" if grouped else "n" if k == n else None}
+    alone: list[str] = []
+
+    def write(axes: tuple[str | None, ...]) -> str:
+        words = []
+        for axis in axes:
+            factor = axis and factors.get(axis, axis)
+            if factor is None:
+                factor = f"a{len(alone)}"
+                alone.append(factor)
+            words.append(factor)
+        return " ".join(words)
+
+    rule = ", ".join(map(write, layout.arguments)) + " -> " + ", ".join(map(write, layout.results))
+    return rule, {"need_replication_factors": tuple(alone)} | ({"g": n // k} if grouped else {})
+
+
+class _Shards(NamedTuple):
+    """How the axes of a call lie on a mesh."""
+
+    axes: dict[str, tuple[str, ...]]  # mesh axes of each label; a label that is not here is not sharded
+    kv_by_index: bool  # more shards of query heads than key heads: each device picks its key head
+
+    def spec(self, labels: tuple[str | None, ...]) -> PartitionSpec:
+        return PartitionSpec(*(self.axes.get(label) if label else None for label in labels))
+
+
+def _shards(layout: _Layout, specs: Sequence[Any], mesh: Any) -> _Shards:
+    """Takes each axis from the first array that has it sharded evenly, on mesh axes that no other axis has.
+
+    specs: PartitionSpecs of the arguments, then of the results.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for labels, spec in zip((*layout.arguments, *layout.results), specs, strict=True):
+        for label, entry in zip(labels, tuple(spec), strict=False):
+            label = "N" if label == "K" else label
+            axes = entry if isinstance(entry, tuple) else (entry,) if isinstance(entry, str) else ()
+            taken = {axis for others in found.values() for axis in others}
+            count = math.prod(mesh.shape[axis] for axis in axes)
+            if not label or not axes or label in found or taken & set(axes) or layout.sizes[label] % count:
+                continue
+            if label == "N" and layout.sizes["K"] % count and count % layout.sizes["K"]:
+                continue  # a shard of query heads would straddle two key heads
+            found[label] = axes
+    head_shards = math.prod(mesh.shape[axis] for axis in found.get("N", ()))
+    kv_by_index = layout.sizes["K"] % head_shards != 0
+    if "N" in found and not kv_by_index:
+        found["K"] = found["N"]
+    return _Shards(found, kv_by_index)
+
+
+def _own_kv_head(shards: _Shards, layout: _Layout, mesh: Any) -> Any:
+    """Index of the one key head that this device's query heads attend to."""
+    heads = shards.axes["N"]
+    return jax.lax.axis_index(heads) * layout.sizes["K"] // math.prod(mesh.shape[axis] for axis in heads)
+
+
+def _take_kv_head(index: Any, x: Any) -> Any:
+    return jax.lax.dynamic_slice_in_dim(x, index, 1, axis=-2)
+
+
+@functools.lru_cache(maxsize=1024)
+def _partitioned(call: Call, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[..., tuple[Any, ...]]:
+    layout = _layout(call, shapes)
+    results = dict(zip(call.results, layout.results, strict=True))
+
+    @custom_partitioning
+    def partitioned(*arrays: Any) -> tuple[Any, ...]:
+        return _per_device(call, *arrays)
+
+    def partition(mesh: Any, arguments: Any, outputs: Any) -> Any:
+        # Whatever sharding was proposed, only batch and heads keep theirs.
+        shards = _shards(layout, [x.sharding.spec for x in (*arguments, *outputs)], mesh)
+
+        def summed(name: str, result: Any) -> Any:
+            """Adds up the parts of devices that hold other batch entries or query heads of a broadcast array."""
+            if name in ("dk", "dv") and shards.kv_by_index:
+                shape = (*result.shape[:-2], layout.sizes["K"], result.shape[-1])
+                index = _own_kv_head(shards, layout, mesh)
+                result = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(shape, result.dtype), result, index, axis=-2)
+                return jax.lax.psum(result, shards.axes["N"])
+            if name == "dbias":
+                rest = [a for label, axes in shards.axes.items() if label not in ("K", *results[name]) for a in axes]
+                return jax.lax.psum(result, tuple(rest)) if rest else result
+            return result
+
+        def per_device(*arrays: Any) -> tuple[Any, ...]:
+            if shards.kv_by_index:
+                index = _own_kv_head(shards, layout, mesh)
+                arrays = (arrays[0], _take_kv_head(index, arrays[1]), _take_kv_head(index, arrays[2]), *arrays[3:])
+            return tuple(summed(*pair) for pair in zip(call.results, _per_device(call, *arrays), strict=True))
+
+        def shardings(layouts: Any) -> tuple[NamedSharding, ...]:
+            return tuple(NamedSharding(mesh, shards.spec(labels)) for labels in layouts)
+
+        return mesh, per_device, shardings(layout.results), shardings(layout.arguments)
+
+    rule, keywords = _sharding_rule(layout)
+    partitioned.def_partition(partition, sharding_rule=rule, **keywords)
+    return partitioned
+
+
+# --- vmap: one more batch axis ---------------------------------------------------------------------------------------
+
+
+def _stacked(call: Call, size: int, mapped: Sequence[bool], arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """Arrays of the call with the mapped axis as their first batch axis; of size 1 where an array is not mapped."""
+    # Residuals have every batch axis, one of query, key and value has it, and dbias has those of the bias.
+    full = {*_RESIDUALS, *(() if any(mapped[:3]) else "q"), *(["bias"] if call.direction == "bias_gradient" else ())}
+
+    def stack(name: str, m: bool, x: Any) -> Any:
+        if m or name in WITHOUT_BATCH:
+            return x
+        return jnp.broadcast_to(x[None], (size, *x.shape)) if name in full else x[None]
+
+    return tuple(stack(*item) for item in zip(call.names, mapped, arrays, strict=True))
+
+
+def _with_mapped_sinks(call: Call, size: int, mapped: Sequence[bool], arrays: Sequence[Any]) -> tuple[Any, Any]:
+    """The forward call with sinks [size, N], which the calls do not take: attention without them, then rescaled."""
+    at = call.names.index("sinks")
+    sinks = arrays[at]
+    rest = dataclasses.replace(call, names=call.names[:at] + call.names[at + 1 :])
+    out, lse = _run(rest)(*_stacked(rest, size, [*mapped[:at], *mapped[at + 1 :]], [*arrays[:at], *arrays[at + 1 :]]))
+    sinks = sinks.reshape(size, *(1,) * (lse.ndim - 3), -1, 1)
+    seen = lse > -jnp.inf
+    with_sinks = jnp.logaddexp(jnp.where(seen, lse, 0), sinks)
+    kept = jnp.where(seen, jnp.exp(jnp.where(seen, lse, 0) - with_sinks), 0)
+    out = (out * jnp.moveaxis(kept, -1, -2)[..., None]).astype(out.dtype)
+    return out, jnp.where(seen, with_sinks, -jnp.inf)
+
+
+@functools.lru_cache(maxsize=1024)
+def _run(call: Call) -> Callable[..., tuple[Any, ...]]:
+    """The call as a function of its arrays, which vmap and sharded jit understand. Traced once per signature."""
+
+    @custom_vmap
+    def mappable(*arrays: Any) -> tuple[Any, ...]:
+        if any(_varying(x) for x in arrays):
+            return _per_device(call, *arrays)  # inside shard_map; custom_partitioning would drop the varying axes
+        return _partitioned(call, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))(*arrays)
+
+    @mappable.def_vmap
+    def _mapped(size: int, mapped: list[bool], *arrays: Any) -> tuple[Any, Any]:
+        if "sinks" in call.names and mapped[call.names.index("sinks")]:
+            results: Any = _with_mapped_sinks(call, size, mapped, arrays)
+        else:
+            results = _run(call)(*_stacked(call, size, mapped, arrays))
+        return results, (True,) * len(call.results)
+
+    @jax.custom_jvp
+    def run(*arrays: Any) -> tuple[Any, ...]:
+        return mappable(*arrays)
+
+    @run.defjvp
+    def _no_derivative(primals: Any, tangents: Any) -> Any:
+        del primals, tangents
+        raise NotImplementedError(_NO_HIGHER_DERIVATIVES)
+
+    return jax.jit(run, inline=True)
+
+
+_NO_HIGHER_DERIVATIVES = (
+    "jax_flash's kernel path has first derivatives in reverse mode only; implementation='xla' has derivatives of any "
+    "order, and forward mode"
+)
+
+
+# --- reverse mode ----------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any, v: Any, operands: Operands) -> Any:
+    del lse_cotangent
+    present = operands.present()
+    return _run(Call("forward", spec, path, ("q", "k", "v", *present)))(q, k, v, *present.values())
+
+
+def _attention_forward(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any, v: Any, operands: Operands):
+    out, lse = _attention(spec, path, lse_cotangent, q, k, v, operands)
+    out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVE_NAMES, strict=True))
+    return (out, lse), (q, k, v, operands, out, lse)
+
+
+def _attention_backward(spec: AttentionSpec, path: str, lse_cotangent: bool, residuals: Any, cotangents: Any) -> Any:
+    q, k, v, operands, out, lse = residuals
+    dout, dlse = cotangents
+    arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout} | ({"dlse": dlse} if lse_cotangent else {})
+    arrays |= operands._replace(sinks=None).present()  # the lse already has the sink
+
+    def run(direction: str) -> tuple[Any, ...]:
+        return _run(Call(direction, spec, path, tuple(arrays)))(*arrays.values())
+
+    gradients = Operands(
+        bias=None if operands.bias is None else run("bias_gradient")[0],
+        sinks=None if operands.sinks is None else _sinks_gradient(operands.sinks, dout, dlse, out, lse),
+    )
+    return (*run("backward"), gradients)
+
+
+def _sinks_gradient(sinks: Any, dout: Any, dlse: Any, out: Any, lse: Any) -> Any:
+    """sinks [N]; dout, out [*B, T, N, Hv]; dlse, lse [*B, N, T]."""
+    seen = lse > -jnp.inf  # a row that sees no key gives its sink no gradient
+    probability = jnp.exp(sinks.reshape((1,) * (lse.ndim - 2) + (-1, 1)) - jnp.where(seen, lse, jnp.inf))
+    delta = jnp.moveaxis(jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1), -1, -2)
+    per_row = probability * jnp.where(seen, dlse - delta, 0)
+    return per_row.sum(axis=(*range(lse.ndim - 2), lse.ndim - 1)).astype(sinks.dtype)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+# --- the entry -------------------------------------------------------------------------------------------------------
+
+
+def _explicit_mesh(arrays: Sequence[Any]) -> Any:
+    """The mesh on which the arrays' types carry a sharding, or None."""
+    for x in arrays:
+        sharding = jax.typeof(x).sharding
+        if any(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
+            return sharding.mesh
+    return None
+
+
+def _on_explicit_mesh(mesh: Any, attend_locally: Callable[..., Any], names: tuple[str, ...], arrays: Sequence[Any]):
+    layout = _layout(Call("forward", AttentionSpec(1.0), "any", names), arrays)
+    unsharded = PartitionSpec()
+    specs = [jax.typeof(x).sharding.spec for x in arrays] + [unsharded] * len(layout.results)
+    shards = _shards(layout, specs, mesh)
+    in_specs = tuple(map(shards.spec, layout.arguments))
+
+    def per_device(q: Any, k: Any, v: Any, *operands: Any) -> Any:
+        if shards.kv_by_index:
+            index = _own_kv_head(shards, layout, mesh)
+            k, v = (_take_kv_head(index, jax.lax.pcast(x, shards.axes["N"], to="varying")) for x in (k, v))
+        return attend_locally(q, k, v, *operands)
+
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    local = jax.shard_map(
+        per_device, mesh=mesh, in_specs=in_specs, out_specs=tuple(map(shards.spec, layout.results)), axis_names=explicit
+    )
+    return local(*(jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(arrays, in_specs, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def attend(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any, v: Any, operands: Operands) -> Any:
+    """out [*B, T, N, Hv], lse [*B, N, T]. The lse's cotangent is ignored without lse_cotangent."""
+    present = operands.present()
+    names, arrays = ("q", "k", "v", *present), (q, k, v, *present.values())
+    mesh = _explicit_mesh(arrays)
+    if mesh is not None:
+
+        def attend_locally(q: Any, k: Any, v: Any, *operands: Any) -> Any:
+            return attend(spec, path, lse_cotangent, q, k, v, Operands(**dict(zip(present, operands, strict=True))))
+
+        return _on_explicit_mesh(mesh, attend_locally, names, arrays)
+
+    # Inside shard_map(check_vma=True) an array may be replicated over mesh axes over which others vary. Outside of the
+    # custom_vjp, so that the transpose of the cast sums the gradients.
+    axes = frozenset().union(*map(_varying, arrays))
+
+    def vary(x: Any) -> Any:
+        missing = tuple(sorted(axes - _varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    if path == "xla":
+        return xla.attention(spec, q, k, v, operands)
+    q, k, v = map(vary, (q, k, v))
+    return _attention(spec, path, lse_cotangent, q, k, v, Operands(*(x if x is None else vary(x) for x in operands)))
+
+
+def describe(spec: AttentionSpec, path: str, q: Any, k: Any, v: Any, operands: Operands) -> list[str]:
+    """What runs each call: a line of the plan, or of the reason why it is left to XLA."""
+    if path == "xla":
+        return ["XLA, as asked for (implementation='xla')"]
+    present = operands.present()
+    forward = Call("forward", spec, path, ("q", "k", "v", *present))
+    out, lse = (jax.ShapeDtypeStruct(shape, q.dtype) for shape in forward.result_shapes((q, k, v)))
+    backward = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": out} | operands._replace(sinks=None).present()
+    calls = [(forward, (q, k, v, *present.values()))]
+    for direction in ("backward", *(["bias_gradient"] if "bias" in present else [])):
+        calls.append((Call(direction, spec, path, tuple(backward)), tuple(backward.values())))
+    lines = []
+    for call, arrays in calls:
+        plan = _plan(call, arrays)
+        facts = ", ".join(f"{name} {value}" for name, value in plan.get("facts", {}).items())
+        lines.append(f"{call.title}: " + (f"XLA, {plan['reason']}" if "reason" in plan else f"{plan['name']}, {facts}"))
+    return lines
