@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -47,17 +48,21 @@ def cache_folder() -> str:
     return os.environ.get(CACHE_DIR, os.path.join(user_caches, "jax_flash"))
 
 
-@functools.cache
-def native() -> ModuleType:
-    """The extension module, configured and registered. ImportError where it was not built."""
-    from jax_flash import _native
-
-    _native.configure(
+def configure(module: ModuleType) -> None:
+    """Tells the extension where NVRTC, the kernels and the cache are."""
+    module.configure(
         nvrtc=nvrtc_candidates(),
         kernels=str(kernel_folder()),
         cache=cache_folder(),
         dump=os.environ.get(DUMP_DIR, ""),
     )
-    for target, stages in _native.registrations().items():
+
+
+@functools.cache
+def native() -> ModuleType:
+    """The extension module, configured and registered. ImportError where it was not built."""
+    module = importlib.import_module("jax_flash._native")
+    configure(module)
+    for target, stages in module.registrations().items():
         jax.ffi.register_ffi_target(target, stages, platform="CUDA")
-    return _native
+    return module

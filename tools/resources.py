@@ -1,0 +1,121 @@
+"""Registers, spills and shared memory of every variant of the support table; run as a program, it writes the table.
+
+Nothing runs on a GPU: NVRTC compiles for all architectures anywhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import multiprocessing
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from jax_flash.__main__ import ARCHS, arch_name, argument_parser, plans
+from jax_flash.extension import native
+
+TABLE = Path(__file__).parent.parent / "tests" / "resources.csv"
+
+HEAD_SIZES = ("--head-dim 64", "--head-dim 96", "--head-dim 128", "--head-dim 192 --value-dim 128", "--head-dim 256")
+FEATURES = (
+    "--window 1024 0",
+    "--q-offset",
+    "--segment-ids",
+    "--q-lengths --kv-lengths",
+    "--mask",
+    "--bias",
+    "--alibi-slopes",
+    "--softcap 30",
+    "--sinks",
+    "--dropout-rate 0.1",
+    "--kv-heads 4",
+    "--deterministic",
+    "--lse-gradient",
+)
+# What CI compiles: every kernel in its plainest form, and with everything at once.
+SAMPLE = ("--head-dim 64 --causal", "--head-dim 128", f"--head-dim 128 --causal {' '.join(FEATURES)}")
+ALL = tuple(
+    dict.fromkeys(
+        [
+            *SAMPLE,
+            *(f"{size}{causal}" for size in HEAD_SIZES for causal in ("", " --causal")),
+            "--head-dim 128 --causal --dtype float16",
+            *(f"--head-dim 128 --causal {feature}" for feature in FEATURES),
+            *(f"{size} --causal {' '.join(FEATURES)}" for size in HEAD_SIZES),
+        ]
+    )
+)
+
+
+class Row(NamedTuple):
+    arch: str
+    call: str  # options of `python -m jax_flash explain`
+    direction: str
+    kernel: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int  # dynamic
+    threads: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self[:4]
+
+
+def measure(call: str, arch: int) -> list[Row]:
+    """The rows of one attention call and its gradient on one architecture."""
+    options = argument_parser().parse_args(["explain", *call.split(), "--arch", arch_name(arch)])
+    rows = []
+    for direction, _, plan in plans(options):
+        for kernel in plan.get("kernels", ()):
+            log = native().compile(kernel["source"], kernel["entry"], kernel["variant"], arch)["log"]
+            (registers,) = re.findall(r"Used (\d+) registers", log)
+            spills = map(int, re.findall(r"(\d+) bytes spill", log))
+            sizes = int(registers), sum(spills), kernel["shared_bytes"], kernel["threads"]
+            rows.append(Row(arch_name(arch), call, direction, kernel["entry"], *sizes))
+    return rows
+
+
+def measure_all(calls: Iterable[str]) -> list[Row]:
+    jobs = list(itertools.product(calls, ARCHS))
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        return sorted(row for rows in pool.starmap(measure, jobs, chunksize=1) for row in rows)
+
+
+def nvrtc_version() -> str:
+    return "NVRTC {}.{}".format(*native().nvrtc()["version"])
+
+
+def write(rows: list[Row]) -> None:
+    with TABLE.open("w", newline="") as file:
+        file.write(f"# {nvrtc_version()}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(rows)
+
+
+def read() -> dict[tuple[str, ...], Row]:
+    with TABLE.open(newline="") as file:
+        file.readline()
+        rows = [
+            Row(*(int(row[name]) if kind == "int" else row[name] for name, kind in Row.__annotations__.items()))
+            for row in csv.DictReader(file)
+        ]
+    return {row.key: row for row in rows}
+
+
+def main() -> int:
+    rows = measure_all(ALL)
+    write(rows)
+    spilling = [row for row in rows if row.spill_bytes]
+    for row in spilling:
+        print("spills", row.spill_bytes, "bytes:", *row.key)
+    print(f"{len(rows)} kernels by {nvrtc_version()}, {len(spilling)} of them spill; wrote {TABLE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
