@@ -204,29 +204,25 @@ def _layout(call: Call, arrays: Sequence[Any]) -> _Layout:
     )
 
 
-def _sharding_rule(layout: _Layout) -> tuple[str, dict[str, Any]]:
-    """The rule in the notation of custom_partitioning, and its keywords.
+def _sharding_rule(layout: _Layout) -> tuple[str, tuple[str, ...]]:
+    """The rule in the notation of custom_partitioning, and the factors in it that must not be sharded.
 
-    An axis that no other array shares gets a factor of its own: broadcast axes (of size 1), and for simplicity also
-    lengths and sizes, which must not be sharded either.
+    An axis that may not be sharded gets a factor of its own. So do key heads if there are fewer of them than query
+    heads: as factors of the query heads they would be sharded over parts of a mesh axis, which no NamedSharding says.
     """
-    n, k = layout.sizes["N"], layout.sizes["K"]
-    grouped = 1 < k < n  # a factor of size 1 may not be part of a compound factor
-    factors = {"N": "(k g)" if grouped else "n", "K": "k" if grouped else "n" if k == n else None}
+    heads = {"N": "n", "K": "n" if layout.sizes["K"] == layout.sizes["N"] else "k"}
     alone: list[str] = []
 
     def write(axes: tuple[str | None, ...]) -> str:
         words = []
         for axis in axes:
-            factor = axis and factors.get(axis, axis)
-            if factor is None:
-                factor = f"a{len(alone)}"
-                alone.append(factor)
-            words.append(factor)
+            if axis is None:
+                alone.append(f"a{len(alone)}")
+            words.append(heads.get(axis, axis) if axis else alone[-1])
         return " ".join(words)
 
     rule = ", ".join(map(write, layout.arguments)) + " -> " + ", ".join(map(write, layout.results))
-    return rule, {"need_replication_factors": tuple(alone)} | ({"g": n // k} if grouped else {})
+    return rule, tuple(alone)
 
 
 class _Shards(NamedTuple):
@@ -309,8 +305,8 @@ def _partitioned(call: Call, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Callab
 
         return mesh, per_device, shardings(layout.results), shardings(layout.arguments)
 
-    rule, keywords = _sharding_rule(layout)
-    partitioned.def_partition(partition, sharding_rule=rule, **keywords)
+    rule, unsharded = _sharding_rule(layout)
+    partitioned.def_partition(partition, sharding_rule=rule, need_replication_factors=unsharded)
     return partitioned
 
 
