@@ -175,4 +175,7 @@ constexpr unsigned CeilDiv(long long value, long long divisor) {
   return static_cast<unsigned>((value + divisor - 1) / divisor);
 }
 
+// The planners, each in kernels/<its name>.cc.
+Planned PlanSm80Forward(const Call& call);
+
 }  // namespace jf

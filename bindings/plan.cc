@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <iterator>
 #include <limits>
 #include <vector>
@@ -11,14 +12,24 @@ namespace {
 
 // Which planner is asked for what, in order of preference.
 struct Row {
+  std::string_view family;
   Direction direction;
   int first_arch, last_arch;
   Planner planner;
 };
 
 const std::vector<Row>& Table() {
-  static const std::vector<Row> table = {};
+  static const std::vector<Row> table = {
+      {"sm80", Direction::kForward, 80, 129, PlanSm80Forward},
+  };
   return table;
+}
+
+// $JAX_FLASH_KERNELS names the one family of kernels to use ("sm80"), for tests and measurements: all where it is
+// unset.
+bool Allowed(std::string_view family) {
+  static const char* const only = std::getenv("JAX_FLASH_KERNELS");
+  return only == nullptr || family == only;
 }
 
 // One architecture for each set of planners and tile tables.
@@ -128,6 +139,7 @@ Planned MakePlan(const Call& call) {
   std::string reasons;
   for (const Row& row : Table()) {
     if (row.direction != call.direction || call.arch < row.first_arch || call.arch > row.last_arch) continue;
+    if (!Allowed(row.family)) continue;
     Planned planned = row.planner(call);
     if (std::holds_alternative<Plan>(planned)) return planned;
     reasons += (reasons.empty() ? "" : "; ") + std::get<Refusal>(planned).reason;

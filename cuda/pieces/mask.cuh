@@ -14,6 +14,7 @@ constexpr int kFar = (1 << 30) - 1;  // no sequence is longer; a shift of this s
 
 constexpr JF_HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 constexpr JF_HOST_DEVICE int larger(int a, int b) { return a < b ? b : a; }
+constexpr JF_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Indices begin <= i < end; empty if end <= begin.
 struct Range {

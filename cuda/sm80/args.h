@@ -1,0 +1,31 @@
+// Arguments and tile sizes of the sm80 kernels: plain C++17, included by the host.
+#pragma once
+#include "spec.h"
+#include "support/segments.h"
+
+namespace jf {
+
+// Tiles of one variant: `constexpr jf::Sm80Tiles kTiles{...}` in variant.h.
+struct Sm80Tiles {
+  int queries, keys;        // rows and columns of a score tile
+  int head_dim, value_dim;  // what head sizes are padded to in shared memory
+  int warps;
+  bool packed;  // forward: the query heads of a key head are rows of one tile
+  bool split;   // forward: key tiles are divided over the grid
+};
+
+struct Sm80ForwardArgs {
+  Problem problem;
+  Features features;
+  const void *q, *k, *v;
+  void* out;
+  float* lse;
+  float* partial_out;  // split: [splits, batch, q_len, q_heads, value_dim], normalised
+  float* partial_lse;  // split: [splits, batch, q_heads, q_len], natural, without the sink
+  SegmentTiles segments;
+  int tiles;  // query tiles of one (batch entry, head)
+  int splits;
+  int section;  // (batch entry, head) pairs that run side by side: their keys and values share the L2
+};
+
+}  // namespace jf
