@@ -78,9 +78,9 @@ class ProgramTable {
     return program;
   }
 
-  // Plans share kernels: the driver gets each cubin once.
+  // Plans share kernels: the driver gets each entry of a cubin once.
   driver::Function Load(const std::string& cubin, const std::string& entry) {
-    driver::Function& function = functions_[cubin];
+    driver::Function& function = functions_[entry + cubin];
     if (!function) function = driver::LoadKernel(cubin, entry);
     return function;
   }
