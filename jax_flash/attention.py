@@ -43,6 +43,7 @@ def flash_attention(
     sinks: ArrayLike | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: ArrayLike | None = None,
+    broadcast_dropout: bool = False,
     return_lse: bool = False,
     deterministic: bool = False,
     precision: None = None,
@@ -72,6 +73,7 @@ def flash_attention(
       dropout_rate: of the probabilities, in [0, 1).
       dropout_rng: a key of jax.random, needed if dropout_rate > 0. The same key drops the same pairs on every path,
         sharding and tile size.
+      broadcast_dropout: drop the same pairs in all batch entries and heads, as Flax does by default.
       return_lse: also return the log-sum-exp of the scores, float32 [*B, N, T]; differentiable.
       deterministic: gradients bit-identical from run to run.
       precision: None.
@@ -84,8 +86,8 @@ def flash_attention(
     spec, q, k, v, operands = _canonical(
         query, key, value, scale=scale, causal=causal, window=window, q_offset=q_offset, segment_ids=segment_ids,
         q_lengths=q_lengths, kv_lengths=kv_lengths, mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap,
-        sinks=sinks, dropout_rate=dropout_rate, dropout_rng=dropout_rng, deterministic=deterministic,
-        precision=precision,
+        sinks=sinks, dropout_rate=dropout_rate, dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout, deterministic=deterministic, precision=precision,
     )  # fmt: skip
     return_lse = _flag("return_lse", return_lse)
     out, lse = _attend(spec, _path(implementation), return_lse, q, k, v, operands)
@@ -241,6 +243,7 @@ def _canonical(
     sinks: Any = None,
     dropout_rate: Any = 0.0,
     dropout_rng: Any = None,
+    broadcast_dropout: Any = False,
     deterministic: Any = False,
     precision: Any = None,
 ) -> tuple[AttentionSpec, Any, Any, Any, Operands]:
@@ -263,7 +266,7 @@ def _canonical(
         deterministic=_flag("deterministic", deterministic),
     )
     q_ids, kv_ids = _segment_ids(segment_ids, batch, t, s)
-    dropout = _dropout(dropout_rng, batch, n) if dropout_rate > 0 else {}
+    dropout = _dropout(dropout_rng, batch, n, _flag("broadcast_dropout", broadcast_dropout)) if dropout_rate > 0 else {}
     operands = Operands(
         q_offset=_offset(q_offset, batch),
         q_segment_ids=q_ids,
@@ -379,18 +382,19 @@ def _per_head(name: str, x: Any, full: tuple[int, ...], axes: str) -> Any:
     return None if x is None else _aligned(name, _array(name, x, jnp.floating), full, axes, whole=1).astype(jnp.float32)
 
 
-def _dropout(key: Any, batch: tuple[int, ...], heads: int) -> dict[str, Any]:
-    """Seed and indices. The indices are operands, so that a shard of the arrays holds its own part of them."""
+def _dropout(key: Any, batch: tuple[int, ...], heads: int, shared: bool) -> dict[str, Any]:
+    """Seed and indices: operands, so that a shard of the arrays holds its own part; 0 if all share their bits."""
     if key is None:
         raise ValueError("dropout_rng: expected a key of jax.random as dropout_rate > 0, got None")
     typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     key = key if typed else _array("dropout_rng", key)
     if not (typed and key.ndim == 0) and not (key.dtype == jnp.uint32 and key.ndim == 1):
         raise TypeError(f"dropout_rng: expected one key of jax.random, got {key.dtype} of shape {key.shape}")
+    index = jnp.zeros if shared else jnp.arange
     return {
         "dropout_seed": jax.random.bits(key, (2,), jnp.uint32).reshape((1,) * len(batch) + (2,)),
-        "dropout_batch": jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch),
-        "dropout_head": jnp.arange(heads, dtype=jnp.int32),
+        "dropout_batch": index(math.prod(batch), dtype=jnp.int32).reshape(batch),
+        "dropout_head": index(heads, dtype=jnp.int32),
     }
 
 

@@ -144,8 +144,8 @@ def span(meets: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
 
 def _extremes(ids, tiles: Tiling, axis: int):
     """Least and greatest id of each tile."""
-    first = tiles.start(np.arange(tiles.count, dtype=np.int32))
-    inside = first[:, None] + np.arange(tiles.size, dtype=np.int32)[None]
+    first = tiles.start(jnp.arange(tiles.count, dtype=jnp.int32))
+    inside = first[:, None] + jnp.arange(tiles.size, dtype=jnp.int32)[None]
     axis %= ids.ndim
     blocks = jnp.take(ids, inside, axis)
     return jnp.min(blocks, axis + 1), jnp.max(blocks, axis + 1)

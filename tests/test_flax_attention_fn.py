@@ -19,7 +19,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 def arrays(batch=(2,), q_len=7, kv_len=9, heads=4, kv_heads=4, dim=8):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (*batch, q_len, heads, dim), (*batch, kv_len, kv_heads, dim), (*batch, kv_len, kv_heads, dim)
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def random_mask(shape):
@@ -49,8 +49,7 @@ def test_masks(flax_fn, mask, jit):
     close((jax.jit(ours) if jit else ours)(q, k, v, mask), theirs(q, k, v, mask))
 
 
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("batch", "kv_heads"), [((), 2), ((3,), 1), ((2, 3), 2)])
 def test_batch_axes_and_grouped_heads(batch, kv_heads):
     q, k, v = arrays(batch, kv_heads=kv_heads)
     repeated = (jnp.repeat(x, 4 // kv_heads, axis=-2) for x in (k, v))
@@ -113,7 +112,7 @@ def test_a_mask_read_element_by_element_is_logged(caplog):
 
 
 def dropped(rng, rate=0.25, batch=2, heads=4, length=64, **options):
-    """Which weights [B, N, T, S] dropout sets to zero: equal scores make the others equal, attended unit vectors show them."""
+    """Which weights [B, N, T, S] dropout sets to 0, seen through values that are the unit vectors."""
     zeros = jnp.zeros((batch, length, heads, 8))
     units = jnp.broadcast_to(jnp.eye(length)[:, None], (batch, length, heads, length))
     out = attention_fn(zeros, zeros, units, dropout_rng=rng, dropout_rate=rate, **options)
@@ -177,7 +176,9 @@ def test_options_reach_flash_attention():
     close(attention_fn(q, k, v, window=2), nn.dot_product_attention(q, k, v, mask=near))
 
 
-@pytest.mark.parametrize("positions", [None, np.arange(7), np.arange(14).reshape(2, 7)], ids=["default", "shared", "each"])
+@pytest.mark.parametrize(
+    "positions", [None, np.arange(7), np.arange(14).reshape(2, 7)], ids=["default", "shared", "each"]
+)
 def test_rotary(positions):
     x = arrays()[0]
     rope = jax.vmap(nnx.RoPE(), in_axes=(-2, None), out_axes=-2)

@@ -35,7 +35,11 @@ GRID = {
     "deterministic": ({"dropout_rate": 0.5, "deterministic": True}, (X,), {}),
     "deterministic call": ({"dropout_rate": 0.5}, (X,), {"deterministic": True}),
     "dot_general": ({"qkv_dot_general": lambda *a, **k: 2 * jax.lax.dot_general(*a, **k)}, (X,), {}),
-    "einsums": (dict.fromkeys(("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls"), lambda: jnp.einsum), (X,), {}),
+    "einsums": (
+        dict.fromkeys(("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls"), lambda: jnp.einsum),
+        (X,),
+        {},
+    ),
 }
 OURS = {
     "module": linen.MultiHeadAttention,
@@ -148,7 +152,9 @@ def test_softcap_and_sinks():
 
     def exact(q, k, v, **_):
         scores = 0.5 * jnp.tanh(jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1]) / 0.5)
-        seen["weights"] = jnp.exp(scores) / (jnp.exp(scores).sum(-1, keepdims=True) + jnp.exp(jnp.arange(4.0))[:, None, None])
+        seen["weights"] = jnp.exp(scores) / (
+            jnp.exp(scores).sum(-1, keepdims=True) + jnp.exp(jnp.arange(4.0))[:, None, None]
+        )
         return jnp.einsum("bnts,bsnh->btnh", seen["weights"], v)
 
     close(module.apply(variables, X), module.clone(attention_fn=exact).apply(variables, X))
@@ -166,7 +172,9 @@ def test_rotary():
     close(module.apply(parameters, X, input_positions=jnp.arange(6) + 5), theirs.apply(parameters, X), atol=1e-4)
 
 
-@pytest.mark.parametrize("fields", [{}, {"rotary_base": 1e4, "num_kv_heads": 2, "window": (2, 0)}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"rotary_base": 1e4, "num_kv_heads": 2, "window": (2, 0)}], ids=["plain", "all"]
+)
 @pytest.mark.parametrize("steps", [(6,), (4, 1, 1), (2, 3, 1), (1, 1, 1, 1, 1, 1)])
 def test_decoding_equals_causal_attention(fields, steps):
     module = linen.MultiHeadAttention(4, decode=True, **fields)
@@ -223,5 +231,8 @@ def test_logical_axes():
         text = str(jax.make_jaxpr(lambda x: module.apply(variables, x))(X))
     assert specs["query"]["kernel"] == PartitionSpec(None, "model", None)
     assert specs["out"]["kernel"] == PartitionSpec("model", None, None)
-    constraints = {spec: text.count(f"spec={PartitionSpec(*spec)}") for spec in (("data", None, "model", None), ("data", None, None))}
+    constraints = {
+        spec: text.count(f"spec={PartitionSpec(*spec)}")
+        for spec in (("data", None, "model", None), ("data", None, None))
+    }
     assert list(constraints.values()) == [3, 1]

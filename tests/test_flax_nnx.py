@@ -144,20 +144,24 @@ def test_rotary_as_in_flax():
     close(make(rotary_base=1e4)(X), make(nnx.MultiHeadAttention, attention_fn=rope)(X))
 
 
-@pytest.mark.parametrize("options", [{}, {"rotary_base": 1e4, "num_kv_heads": 2, "window": (2, 0)}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, {"rotary_base": 1e4, "num_kv_heads": 2, "window": (2, 0)}], ids=["plain", "all"]
+)
 @pytest.mark.parametrize("steps", [(6,), (4, 1, 1), (2, 3, 1)])
 def test_decoding_equals_causal_attention(options, steps):
     module = make(decode=True, **options)
     module.init_cache(X.shape)
     right = make(causal=True, **options)(X)
     ends = np.cumsum(steps)
-    outs = [module(X[:, end - step : end]) for step, end in zip(steps, ends)]
+    outs = [module(X[:, end - step : end]) for step, end in zip(steps, ends, strict=True)]
     close(jnp.concatenate(outs, axis=1), right)
     assert module.cache_index[...] == 6
 
 
 def test_decoding_as_flax_does():
-    ours, theirs = (make(cls, decode=True, num_kv_heads=2) for cls in (flash_nnx.MultiHeadAttention, nnx.MultiHeadAttention))
+    ours, theirs = (
+        make(cls, decode=True, num_kv_heads=2) for cls in (flash_nnx.MultiHeadAttention, nnx.MultiHeadAttention)
+    )
     ours.init_cache(X.shape)
     theirs.init_cache(X.shape)
     assert_same_state(ours, theirs)
@@ -191,7 +195,10 @@ def test_the_cache_is_updated_in_place():
 
 def test_logical_axes():
     mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    with linen.logical_axis_rules([("batch", "data"), ("heads", "model"), ("embed", None), ("head", None)]), jax.set_mesh(mesh):
+    with (
+        linen.logical_axis_rules([("batch", "data"), ("heads", "model"), ("embed", None), ("head", None)]),
+        jax.set_mesh(mesh),
+    ):
         module = make(
             kernel_metadata={"out_sharding": ("embed", "heads", "head")},
             out_kernel_metadata={"out_sharding": ("heads", "head", "embed")},
@@ -200,5 +207,8 @@ def test_logical_axes():
         )
         text = str(jax.make_jaxpr(lambda x: module(x))(X))
     assert module.query.kernel[...].sharding.spec == PartitionSpec(None, "model", None)
-    constraints = {spec: text.count(f"spec={PartitionSpec(*spec)}") for spec in (("data", None, "model", None), ("data", None, None))}
+    constraints = {
+        spec: text.count(f"spec={PartitionSpec(*spec)}")
+        for spec in (("data", None, "model", None), ("data", None, None))
+    }
     assert list(constraints.values()) == [3, 1]

@@ -29,7 +29,7 @@ def attention_fn(
     deterministic: bool = False,
     dtype=None,
     precision=None,
-    module: linen.Module | nnx.Module | None = None,
+    module: Any = None,
     *,
     force_fp32_for_softmax: bool = False,
     einsum_dot_general: Callable | None = None,
@@ -57,7 +57,8 @@ def attention_fn(
         than other dense masks.
       module: the module that sows the attention weights (before dropout) as `attention_weights`, computed as a
         `[*B, N, T, S]` array beside the output.
-      precision: of float32 products, as in JAX; or `jax_flash.Fp8`.
+      precision: `jax_flash.Fp8` or another `precision` of `flash_attention`; those of JAX change nothing, as products
+        are accumulated in float32 anyway, and those of float32 are exact.
       is_causal: query i sees keys up to i (from the top left, as in Flax).
       input_positions: `[T]` or `[*B, T]`, positions for the rotary embedding; only with `rotary_base`.
       rotary_base: rotate query and key by their positions (see `rotary`).
@@ -103,7 +104,10 @@ def attention_fn(
         else:
             mask_is_causal, mask = mask_structure(mask, query.shape[-3], key.shape[-3])
             is_causal = is_causal or mask_is_causal
-    options |= {"mask": mask, "bias": bias, "causal": is_causal, "precision": precision}
+    # Products are accumulated in float32 and those of float32 are exact: no precision of JAX asks for more.
+    if not isinstance(precision, (str, tuple, lax.Precision, lax.DotAlgorithm, lax.DotAlgorithmPreset)):
+        options["precision"] = precision
+    options |= {"mask": mask, "bias": bias, "causal": is_causal}
     if module is not None:
         sow(module, attention_weights(query, key, **options))
     if not deterministic and dropout_rate > 0.0:
@@ -116,7 +120,7 @@ def attention_fn(
 
 
 def mask_structure(mask, q_len: int, kv_len: int) -> tuple[bool, Any]:
-    """What flash_attention takes for a mask `[..., T|1, S|1]` of any dtype: (is it causal, what remains to be masked)."""
+    """A mask `[..., T|1, S|1]` of any dtype as flash_attention takes it: (is it causal, what remains to be masked)."""
     dense = mask.shape[-2:] == (q_len, kv_len) and q_len > 1
     if isinstance(mask, jax.core.Tracer) or not getattr(mask, "is_fully_addressable", True):
         if dense:
@@ -168,7 +172,7 @@ def rotary(x, positions=None, base: float = 10000.0):
 
 
 def extend_cache(cache, new, index):
-    """Write `new [*B, T, K, H]` into `cache [*B, S, K, H]` at position `index` (a scalar) and after; in place if donated."""
+    """Write `new [*B, T, K, H]` into `cache [*B, S, K, H]` from position `index` on; in place if donated."""
     start = (0,) * (cache.ndim - 3) + (index, 0, 0)
     return lax.dynamic_update_slice(cache, new.astype(cache.dtype), start)
 

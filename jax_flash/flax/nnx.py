@@ -1,8 +1,9 @@
-"""`flax.nnx.MultiHeadAttention` with fast attention: same constructor, call, variables and results, and more of each."""
+"""`flax.nnx.MultiHeadAttention` with fast attention: same constructor, call, state and results, and more of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen, nnx
@@ -93,24 +94,25 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         query = self.query(inputs_q, out_sharding=qkv_sharding)
         key = self.key(inputs_k, out_sharding=qkv_sharding)
         value = self.value(inputs_v, out_sharding=qkv_sharding)
-        if self.normalize_qk:
+        if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
         query, key, value = (linen.with_logical_constraint(x, self.qkv_axes) for x in (query, key, value))
 
         decode = first_from(decode, self.decode, error_msg="decode: given neither to the module nor to the call")
-        if decode and self.cache_index is None:
-            raise ValueError("decode: there is no cache, call init_cache first")
-        decode_from = self.cache_index[...] if decode else None
+        decode_from = None
+        if decode:
+            cached_key, cached_value, cache_index = self._cache()
+            decode_from = cache_index[...]
         if self.rotary_base is not None:
-            if input_positions is None and decode:
+            if input_positions is None and decode_from is not None:
                 input_positions = decode_from + jnp.arange(query.shape[-3])
             query, key = (rotary(x, input_positions, self.rotary_base) for x in (query, key))
         elif input_positions is not None:
             raise ValueError("input_positions: only rotary embedding uses positions, but the module has no rotary_base")
-        if decode:
-            self.cached_key[...] = key = extend_cache(self.cached_key[...], key, decode_from)
-            self.cached_value[...] = value = extend_cache(self.cached_value[...], value, decode_from)
-            self.cache_index[...] = decode_from + query.shape[-3]
+        if decode_from is not None:
+            cached_key[...] = key = extend_cache(cached_key[...], key, decode_from)
+            cached_value[...] = value = extend_cache(cached_value[...], value, decode_from)
+            cache_index[...] = decode_from + query.shape[-3]
 
         dropout_rng = None
         if self.dropout_rate > 0.0:
@@ -133,7 +135,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             dtype=self.dtype,
             precision=self.attention_precision or self.precision,
             module=self if sow_weights else None,
-            is_causal=is_causal or self.causal or decode,
+            is_causal=is_causal or self.causal or decode_from is not None,
             **given(
                 q_offset=decode_from,
                 window=self.window,
@@ -143,6 +145,11 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             ),
         )
         return linen.with_logical_constraint(self.out(out, out_sharding=out_sharding), self.out_axes)
+
+    def _cache(self) -> tuple[Any, Any, Any]:
+        if self.cache_index is None:
+            raise ValueError("decode: there is no cache, call init_cache first")
+        return self.cached_key, self.cached_value, self.cache_index
 
     def init_cache(self, input_shape, dtype=None):
         """Make an empty cache for inputs `[*B, S, F]`, by default in the module's `dtype` (float32 if it has none)."""
