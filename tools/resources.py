@@ -35,8 +35,9 @@ FEATURES = (
     "--deterministic",
     "--lse-gradient",
 )
+ALL_FEATURES = "all features"
 # What CI compiles: every kernel in its plainest form, and with everything at once.
-SAMPLE = ("--head-dim 64 --causal", "--head-dim 128", f"--head-dim 128 --causal {' '.join(FEATURES)}")
+SAMPLE = ("--head-dim 64 --causal", "--head-dim 128", f"--head-dim 128 --causal {ALL_FEATURES}")
 ALL = tuple(
     dict.fromkeys(
         [
@@ -44,7 +45,7 @@ ALL = tuple(
             *(f"{size}{causal}" for size in HEAD_SIZES for causal in ("", " --causal")),
             "--head-dim 128 --causal --dtype float16",
             *(f"--head-dim 128 --causal {feature}" for feature in FEATURES),
-            *(f"{size} --causal {' '.join(FEATURES)}" for size in HEAD_SIZES),
+            *(f"{size} --causal {ALL_FEATURES}" for size in HEAD_SIZES),
         ]
     )
 )
@@ -52,7 +53,7 @@ ALL = tuple(
 
 class Row(NamedTuple):
     arch: str
-    call: str  # options of `python -m jax_flash explain`
+    call: str  # options of `python -m jax_flash explain`, or ALL_FEATURES for those of FEATURES
     direction: str
     kernel: str
     registers: int
@@ -67,11 +68,13 @@ class Row(NamedTuple):
 
 def measure(call: str, arch: int) -> list[Row]:
     """The rows of one attention call and its gradient on one architecture."""
-    options = argument_parser().parse_args(["explain", *call.split(), "--arch", arch_name(arch)])
+    words = call.replace(ALL_FEATURES, " ".join(FEATURES)).split()
+    options = argument_parser().parse_args(["explain", *words, "--arch", arch_name(arch)])
     rows = []
     for direction, _, plan in plans(options):
         for kernel in plan.get("kernels", ()):
             log = native().compile(kernel["source"], kernel["entry"], kernel["variant"], arch)["log"]
+            log = log.partition(f"Compiling entry function '{kernel['entry']}'")[2].partition("Compiling entry")[0]
             (registers,) = re.findall(r"Used (\d+) registers", log)
             spills = map(int, re.findall(r"(\d+) bytes spill", log))
             sizes = int(registers), sum(spills), kernel["shared_bytes"], kernel["threads"]
