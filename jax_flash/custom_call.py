@@ -165,7 +165,9 @@ def _tiles(call: Call, *arrays: Any) -> tuple[Any, ...]:
     return tuple(xla.backward(call.spec, q, k, v, operands, out, lse, dout, dlse))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _per_device(call: Call, *arrays: Any) -> tuple[Any, ...]:
+    """Jitted so that a signature is traced once, and as custom_partitioning takes no function that holds constants."""
     reason = _plan(call, arrays).get("reason")
     if reason and call.path == "kernel":
         raise NotImplementedError(f"implementation='cuda': no kernel for the {call.title} of this call: {reason}")
@@ -371,8 +373,7 @@ def _run(call: Call) -> Callable[..., tuple[Any, ...]]:
 
 
 _NO_HIGHER_DERIVATIVES = (
-    "jax_flash's kernel path has first derivatives in reverse mode only; implementation='xla' has derivatives of any "
-    "order, and forward mode"
+    "this path of jax_flash has first derivatives in reverse mode; implementation='xla' has forward mode and any order"
 )
 
 
@@ -424,12 +425,9 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _explicit_mesh(arrays: Sequence[Any]) -> Any:
-    """The mesh on which the arrays' types carry a sharding, or None."""
-    for x in arrays:
-        sharding = jax.typeof(x).sharding
-        if any(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
-            return sharding.mesh
-    return None
+    """The mesh whose axes are part of the arrays' types, or None."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
 def _on_explicit_mesh(mesh: Any, attend_locally: Callable[..., Any], names: tuple[str, ...], arrays: Sequence[Any]):
@@ -453,15 +451,14 @@ def _on_explicit_mesh(mesh: Any, attend_locally: Callable[..., Any], names: tupl
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def attend(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any, v: Any, operands: Operands) -> Any:
-    """out [*B, T, N, Hv], lse [*B, N, T]. The lse's cotangent is ignored without lse_cotangent."""
+def _attend(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any, v: Any, operands: Operands) -> Any:
     present = operands.present()
     names, arrays = ("q", "k", "v", *present), (q, k, v, *present.values())
     mesh = _explicit_mesh(arrays)
     if mesh is not None:
 
         def attend_locally(q: Any, k: Any, v: Any, *operands: Any) -> Any:
-            return attend(spec, path, lse_cotangent, q, k, v, Operands(**dict(zip(present, operands, strict=True))))
+            return _attend(spec, path, lse_cotangent, q, k, v, Operands(**dict(zip(present, operands, strict=True))))
 
         return _on_explicit_mesh(mesh, attend_locally, names, arrays)
 
@@ -477,6 +474,16 @@ def attend(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any, 
         return xla.attention(spec, q, k, v, operands)
     q, k, v = map(vary, (q, k, v))
     return _attention(spec, path, lse_cotangent, q, k, v, Operands(*(x if x is None else vary(x) for x in operands)))
+
+
+def attend(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any, v: Any, operands: Operands) -> Any:
+    """out [*B, T, N, Hv], lse [*B, N, T]. The lse's cotangent is ignored without lse_cotangent."""
+    try:
+        return _attend(spec, path, lse_cotangent, q, k, v, operands)
+    except TypeError as error:
+        if "custom_vjp" in str(error):  # JAX's own words for forward mode do not say what to do
+            raise NotImplementedError(_NO_HIGHER_DERIVATIVES) from error
+        raise
 
 
 def describe(spec: AttentionSpec, path: str, q: Any, k: Any, v: Any, operands: Operands) -> list[str]:
