@@ -28,7 +28,8 @@ BLOCK = re.compile(r"(<!-- run: (\S+) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def origin(rows: list[dict[str, Any]], name: str) -> str:
     first = rows[0]
-    return f"\n{first['device']}, {first['date']}, commit {first['commit']}, JAX {first['jax']}: `benchmarks/results/{name}`.\n"
+    where = f"{first['device']}, {first['date']}, commit {first['commit']}, JAX {first['jax']}"
+    return f"\n{where}: `benchmarks/results/{name}`.\n"
 
 
 def cell(rows: list[dict[str, Any]], **key: Any) -> str:
@@ -36,7 +37,7 @@ def cell(rows: list[dict[str, Any]], **key: Any) -> str:
     match = [row for row in rows if all(row[field] == value for field, value in key.items())]
     speed = {row["impl"]: row["tflops"] for row in match if "tflops" in row}
     if "jax_flash" not in speed:
-        return "–"
+        return "-"
     ratio = f" ({speed['jax_flash'] / speed['cudnn']:.2f})" if "cudnn" in speed else ""
     return f"{speed['jax_flash']:.0f}{ratio}"
 
@@ -60,7 +61,7 @@ def cases(rows: list[dict[str, Any]], group: str) -> list[str]:
     lines = ["| case | TFLOP/s (x cuDNN) | kernel ms | wall ms |", "|---|---|---|---|"]
     for row in rows:
         if row["impl"] == "jax_flash" and "tflops" in row:
-            kernel = f"{row['kernel_ms']:.3f}" if row["kernel_ms"] else "–"
+            kernel = f"{row['kernel_ms']:.3f}" if row["kernel_ms"] else "-"
             lines.append(f"| {row['case']} | {cell(rows, case=row['case'])} | {kernel} | {row['wall_ms']:.3f} |")
     return lines
 

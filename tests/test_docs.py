@@ -1,4 +1,4 @@
-"""The documentation is true: its Python blocks run (those of a page share their names), its figures are those of kept runs."""
+"""The documentation is true: its Python blocks run (a page is one session), its figures are those of kept runs."""
 
 import json
 import os

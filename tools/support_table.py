@@ -35,8 +35,9 @@ FEATURES = {
 }
 HEAD = """# What has a kernel
 
-Generated from the planner by `python tools/support_table.py`. A name is the kernel that runs the call; a dash means plain XLA
-where `implementation` is None, and an error with the reason where it is `"cuda"`. Other head sizes are padded with zeros.
+Generated from the planner by `python tools/support_table.py`. A name is the kernel that runs the call;
+a dash means plain XLA where `implementation` is None, and an error with the reason where it is `"cuda"`. Other head sizes
+are padded with zeros.
 """
 
 
@@ -59,7 +60,7 @@ def table(head: str, rows: dict[str, str]) -> list[str]:
         lines += [f"| | {' | '.join(f'{GPUS[arch]} (sm_{arch})' for arch in ARCHS)} |", "|---" * (len(ARCHS) + 1) + "|"]
         for row, arguments in rows.items():
             cells = [kernels(arguments, arch).get(title, "") for arch in ARCHS]
-            lines.append(f"| {row} | {' | '.join(f'`{cell}`' if cell else '–' for cell in cells)} |")
+            lines.append(f"| {row} | {' | '.join(f'`{cell}`' if cell else '-' for cell in cells)} |")
     return lines
 
 
