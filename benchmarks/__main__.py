@@ -1,7 +1,7 @@
 """Time attention: `python -m benchmarks --help`.
 
-Every implementation is checked against float32 attention before it is timed. Results go to a file of JSON lines, one a case
-and implementation; the grid's lines carry the keys impl, dtype, dir, D, causal, S, tflops.
+Every implementation is checked against float32 attention before it is timed. Results go to a file of JSON lines, one
+a case and implementation; the grid's lines carry the keys impl, dtype, dir, D, causal, S, tflops.
 """
 
 from __future__ import annotations

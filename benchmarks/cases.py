@@ -18,7 +18,7 @@ HEAD_DIMS = (64, 128, 256)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One attention to time: query [batch, q_len, q_heads, head_dim], key, value [batch, kv_len, kv_heads, head_dim]."""
+    """One attention: query [batch, q_len, q_heads, head_dim], key, value [batch, kv_len, kv_heads, head_dim]."""
 
     group: str
     batch: int

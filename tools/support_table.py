@@ -36,8 +36,8 @@ FEATURES = {
 HEAD = """# What has a kernel
 
 Generated from the planner by `python tools/support_table.py`. A name is the kernel that runs the call;
-a dash means plain XLA where `implementation` is None, and an error with the reason where it is `"cuda"`. Other head sizes
-are padded with zeros.
+a dash means plain XLA where `implementation` is None, and an error with the reason where it is `"cuda"`. Other head
+sizes are padded with zeros.
 """
 
 
