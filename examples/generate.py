@@ -1,7 +1,7 @@
 """Continue a prompt with a KV cache: `python examples/generate.py --prompt "Ada took the"`.
 
-The prompt goes through the model at once, then each new token alone, against a cache that is updated in place. Takes the
-checkpoint that examples/train.py left in `--out`; trains one first if there is none.
+The prompt goes through the model at once, then each new token alone, against a cache that is updated in place. Takes
+the checkpoint that examples/train.py left in `--out`; trains one first if there is none.
 """
 
 from __future__ import annotations

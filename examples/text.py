@@ -7,7 +7,27 @@ import numpy as np
 NAMES = ["Ada", "Bo", "Carl", "Dora", "Emil", "Fay", "Gus", "Hedda", "Ivo", "June"]
 THINGS = ["apple", "book", "candle", "drum", "egg", "flute", "glove", "hat", "kite", "lamp"]
 PLACES = ["garden", "kitchen", "harbour", "market", "mill", "tower"]
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"]
+NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+]
 
 
 def document(rng: np.random.Generator) -> str:
@@ -37,7 +57,7 @@ def text(size: int = 1_000_000, seed: int = 0) -> str:
 
 
 def batches(corpus: np.ndarray, batch: int, length: int, start: int):
-    """Random sequences [batch, length + 1] of the corpus, without end; step `start` on is the same after a resumption."""
+    """Random sequences [batch, length + 1] of the corpus, without end, from step `start` on."""
     step = start
     while True:
         rng = np.random.default_rng(step)
