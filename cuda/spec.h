@@ -1,11 +1,11 @@
 // What one attention call is, for the planner on the host and for the kernels alike: no includes, plain structs, C++17.
 //
-//   Spec      what a kernel is compiled for: the generated header variant.h of a variant holds one as `constexpr
-//   jf::Spec kSpec`. Problem   sizes and numbers of one call: a run-time argument. Features  pointers to the operands
-//   beside query, key and value: a run-time argument.
+//   Spec      what a kernel is compiled for: variant.h, generated for a variant, holds one as `constexpr jf::Spec kSpec`.
+//   Problem   sizes and numbers of one call: a run-time argument.
+//   Features  pointers to the operands beside query, key and value: a run-time argument.
 //
-// Names match jax_flash/spec.py. Layouts: query, out [B, T, N, H], key [B, S, K, H], value [B, S, K, Hv], lse [B, N,
-// T]; all dense.
+// Names match jax_flash/spec.py. All arrays are dense:
+//   query, out [B, T, N, H], key [B, S, K, H], value [B, S, K, Hv], lse [B, N, T].
 #pragma once
 
 #ifdef __CUDACC__
