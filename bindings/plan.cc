@@ -21,8 +21,7 @@ struct Row {
 const std::vector<Row>& Table() {
   static const std::vector<Row> table = {
       {"sm80", Direction::kForward, 80, 129, PlanSm80Forward},
-      {"sm80", Direction::kBackward, 80, 129, PlanSm80Backward},
-      {"sm80", Direction::kBiasGradient, 80, 129, PlanSm80BiasGradient},
+      {"sm90", Direction::kBackward, 90, 90, PlanSm90Backward},
   };
   return table;
 }

@@ -91,6 +91,12 @@ template <int kPending>
 JF_DEVICE void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
+// Adds to four floats in global memory (16-byte aligned), without waiting.
+JF_DEVICE void global_add(float* to, float4 x) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
+               "f"(x.w)
+               : "memory");
+}
 // Orders this thread's ordinary writes to shared memory before later reads by TMA and wgmma (after a barrier,
 // anyone's).
 JF_DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

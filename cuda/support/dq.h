@@ -1,0 +1,18 @@
+// Arguments of support/dq.cuh.
+#pragma once
+
+namespace jf {
+
+struct DqArgs {
+  const float* acc;
+  void* dq;  // [batch, q_len, q_heads, head_dim]
+  int q_len, q_heads, padded_len;
+  float scale;
+};
+
+// `constexpr jf::DqTiles kTiles{...}` in variant.h.
+struct DqTiles {
+  int acc_size;  // elements of a row of the accumulators, at least head_dim
+};
+
+}  // namespace jf
