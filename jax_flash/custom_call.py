@@ -26,6 +26,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_flash import xla
@@ -165,17 +167,33 @@ def _tiles(call: Call, *arrays: Any) -> tuple[Any, ...]:
     return tuple(xla.backward(call.spec, q, k, v, operands, out, lse, dout, dlse))
 
 
+# The identity, but for programs that are compiled for something else than CUDA.
+_cuda_only = Primitive("jax_flash_cuda_only")
+_cuda_only.def_abstract_eval(lambda x: x)
+
+
+def _refuse_platform(ctx: mlir.LoweringRuleContext, x: Any) -> Any:
+    platforms = " and ".join(ctx.module_context.platforms)
+    raise NotImplementedError(f"implementation='cuda': the program is compiled for {platforms}, not for a CUDA GPU")
+
+
+mlir.register_lowering(_cuda_only, _refuse_platform)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _per_device(call: Call, *arrays: Any) -> tuple[Any, ...]:
     """Jitted so that a signature is traced once, and as custom_partitioning takes no function that holds constants."""
     reason = _plan(call, arrays).get("reason")
     if reason and call.path == "kernel":
         raise NotImplementedError(f"implementation='cuda': no kernel for the {call.title} of this call: {reason}")
-    tiles, kernel = functools.partial(_tiles, call), functools.partial(_kernel, call)
     if reason:
         _log_once(f"{call.title} by XLA: {reason}")
-        return tiles(*arrays)
-    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=None if call.path == "kernel" else tiles)
+        return _tiles(call, *arrays)
+
+    def elsewhere(q: Any, *rest: Any) -> tuple[Any, ...]:
+        return _tiles(call, _cuda_only.bind(q) if call.path == "kernel" else q, *rest)
+
+    return jax.lax.platform_dependent(*arrays, cuda=functools.partial(_kernel, call), default=elsewhere)
 
 
 # --- sharding: batch and heads stay where they are -------------------------------------------------------------------
