@@ -1,7 +1,7 @@
 """Time attention: `python -m benchmarks --help`.
 
-Every implementation is checked against float32 attention before it is timed. Results go to a file of JSON lines, one a case and
-implementation; the grid's lines carry the keys impl, dtype, dir, D, causal, S, tflops.
+Every implementation is checked against float32 attention before it is timed. Results go to a file of JSON lines, one
+a case and implementation; the grid's lines carry the keys impl, dtype, dir, D, causal, S, tflops.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOLERANCE = {"bf16": 2e-2, "f16": 4e-3, "f32": 1e-5, "fp8": 8e-2}
 
 
 def check(case: Case, attention: Attention, arrays) -> float:
-    """Relative error of the last rows of one head; raises if it is out of bounds. Features change the answer and are tested elsewhere."""
+    """Relative error of the last rows of one head; raises if it is out of bounds."""
     q, k, v, _ = arrays
     out = jax.jit(attention)(q, k, v)[0, -128:, 0].astype(jnp.float32)
     right = exact(case, q, k, v)
@@ -114,7 +114,7 @@ def main() -> int:
                 except Skip as skip:
                     notes[name] = "-"
                     line["skipped"] = str(skip)
-                except Exception as error:  # noqa: BLE001 - one implementation's failure must not end the run
+                except Exception as error:  # one implementation's failure must not end the run
                     failures += name == "jax_flash"
                     notes[name] = "failed"
                     line["failed"] = f"{type(error).__name__}: {error}"[:400]

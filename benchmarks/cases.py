@@ -18,7 +18,7 @@ HEAD_DIMS = (64, 128, 256)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One attention call to time. Query [batch, q_len, q_heads, head_dim], key and value [batch, kv_len, kv_heads, head_dim]."""
+    """One attention: query [batch, q_len, q_heads, head_dim], key, value [batch, kv_len, kv_heads, head_dim]."""
 
     group: str
     batch: int
@@ -58,7 +58,9 @@ class Case:
         keys = jax.random.split(jax.random.key(zlib.crc32(str(self).encode())), 4)
         q = (self.batch, self.q_len, self.q_heads, self.head_dim)
         kv = (self.batch, self.kv_len, self.kv_heads, self.head_dim)
-        return tuple(jax.random.normal(key, shape, self.jax_dtype) for key, shape in zip(keys, (q, kv, kv, q)))
+        return tuple(
+            jax.random.normal(key, shape, self.jax_dtype) for key, shape in zip(keys, (q, kv, kv, q), strict=True)
+        )
 
     def segment_ids(self) -> jax.Array | None:
         if not self.documents:

@@ -1,4 +1,4 @@
-"""The implementations that are timed side by side. Each is imported only if it is there, and says why it skips a case."""
+"""The implementations timed side by side. Each is imported only if it is there, and says why it skips a case."""
 
 from __future__ import annotations
 

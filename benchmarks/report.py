@@ -45,7 +45,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def pictures(rows: Iterable[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
-    """TFLOP/s by length on the grid, a picture a direction and precision: a panel for each head size, full and causal."""
+    """TFLOP/s by length: a picture a direction and dtype, a panel for each head size, full and causal."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,7 +64,7 @@ def pictures(rows: Iterable[dict[str, Any]], folder: pathlib.Path) -> list[pathl
                 cell = [row for row in mine if row["D"] == dim and row["causal"] == causal]
                 for impl in [name for name in LABELS if any(row["impl"] == name for row in cell)]:
                     points = sorted((row["S"], row["tflops"]) for row in cell if row["impl"] == impl)
-                    axis.plot(*zip(*points), marker="o", label=LABELS[impl], color=COLORS[impl])
+                    axis.plot(*zip(*points, strict=True), marker="o", label=LABELS[impl], color=COLORS[impl])
                 axis.set_xscale("log", base=2)
                 axis.set_title(f"head size {dim}, {'causal' if causal else 'full'}", fontsize=10)
                 axis.grid(alpha=0.3)

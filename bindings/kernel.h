@@ -177,6 +177,8 @@ constexpr unsigned CeilDiv(long long value, long long divisor) {
 
 // The planners, each in kernels/<its name>.cc.
 Planned PlanSm80Forward(const Call& call);
+Planned PlanSm80Backward(const Call& call);
+Planned PlanSm80BiasGradient(const Call& call);
 Planned PlanSm90Backward(const Call& call);
 
 }  // namespace jf

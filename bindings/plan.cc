@@ -22,6 +22,8 @@ const std::vector<Row>& Table() {
   static const std::vector<Row> table = {
       {"sm80", Direction::kForward, 80, 129, PlanSm80Forward},
       {"sm90", Direction::kBackward, 90, 90, PlanSm90Backward},
+      {"sm80", Direction::kBackward, 80, 129, PlanSm80Backward},
+      {"sm80", Direction::kBiasGradient, 80, 129, PlanSm80BiasGradient},
   };
   return table;
 }

@@ -1,10 +1,11 @@
 // What one attention call is, for the planner on the host and for the kernels alike: no includes, plain structs, C++17.
 //
-//   Spec      what a kernel is compiled for: the generated header variant.h of a variant holds one as `constexpr jf::Spec kSpec`.
+//   Spec      what a kernel is compiled for: variant.h, generated for a variant, holds one as `constexpr jf::Spec kSpec`.
 //   Problem   sizes and numbers of one call: a run-time argument.
 //   Features  pointers to the operands beside query, key and value: a run-time argument.
 //
-// Names match jax_flash/spec.py. Layouts: query, out [B, T, N, H], key [B, S, K, H], value [B, S, K, Hv], lse [B, N, T]; all dense.
+// Names match jax_flash/spec.py. All arrays are dense:
+//   query, out [B, T, N, H], key [B, S, K, H], value [B, S, K, Hv], lse [B, N, T].
 #pragma once
 
 #ifdef __CUDACC__
@@ -19,10 +20,10 @@ enum class DType : int { kNone, kF16, kBF16, kF32, kE4M3 };
 
 // What a kernel is compiled for. A feature that is absent costs nothing.
 struct Spec {
-  DType dtype;                   // of query, key, value and out
-  DType bias_dtype;              // kNone: no bias
-  int head_dim, value_dim;       // multiples of 8, at most 256
-  bool causal;                   // keys at positions <= i + q_offset
+  DType dtype;              // of query, key, value and out
+  DType bias_dtype;         // kNone: no bias
+  int head_dim, value_dim;  // multiples of 8, at most 256
+  bool causal;              // keys at positions <= i + q_offset
   bool window_left, window_right;
   bool q_offset;
   bool segment_ids;
@@ -32,13 +33,14 @@ struct Spec {
   bool softcap;
   bool sinks;
   bool dropout;
-  bool grouped;                  // fewer key heads than query heads
-  bool lse_cotangent;            // backward: the lse has a cotangent
-  bool deterministic;            // backward: same bits from run to run
+  bool grouped;        // fewer key heads than query heads
+  bool lse_cotangent;  // backward: the lse has a cotangent
+  bool deterministic;  // backward: same bits from run to run
   constexpr JF_HOST_DEVICE bool bias() const { return bias_dtype != DType::kNone; }
 };
 
-// An operand may have fewer batch entries than the call (some leading axes broadcast): entry b of the call reads entry (b / div) % mod.
+// An operand may have fewer batch entries than the call (some leading axes broadcast): entry b of the call reads entry
+// (b / div) % mod.
 struct BatchMap {
   int div, mod;
   JF_HOST_DEVICE int operator()(int b) const { return (b / div) % mod; }
@@ -46,11 +48,11 @@ struct BatchMap {
 
 struct Problem {
   int batch, q_heads, kv_heads, q_len, kv_len;
-  int window_left, window_right; // read only if the spec has them
-  float scale;                   // of the raw scores
+  int window_left, window_right;  // read only if the spec has them
+  float scale;                    // of the raw scores
   float softcap;
-  unsigned dropout_threshold;    // a pair is kept if its 16 random bits are < this, of 65536
-  float dropout_scale;           // 65536 / dropout_threshold: what a kept probability is multiplied by
+  unsigned dropout_threshold;  // a pair is kept if its 16 random bits are < this, of 65536
+  float dropout_scale;         // 65536 / dropout_threshold: what a kept probability is multiplied by
   BatchMap q_batch, k_batch, v_batch;
 };
 
@@ -68,17 +70,17 @@ struct Dense {
 };
 
 struct Features {
-  Rows q_offset;                 // int [B]
-  Rows q_segment_ids;            // int [B, T]
-  Rows kv_segment_ids;           // int [B, S]
-  Rows q_lengths, kv_lengths;    // int [B]
-  Dense mask;                    // unsigned char, 0 or 1
-  Dense bias;                    // spec.bias_dtype
-  Rows alibi_slopes;             // float [B, N]
-  const float* sinks;            // float [N]
-  Rows dropout_seed;             // unsigned [B, 2]
-  Rows dropout_batch;            // int [B]
-  const int* dropout_head;       // int [N]
+  Rows q_offset;               // int [B]
+  Rows q_segment_ids;          // int [B, T]
+  Rows kv_segment_ids;         // int [B, S]
+  Rows q_lengths, kv_lengths;  // int [B]
+  Dense mask;                  // unsigned char, 0 or 1
+  Dense bias;                  // spec.bias_dtype
+  Rows alibi_slopes;           // float [B, N]
+  const float* sinks;          // float [N]
+  Rows dropout_seed;           // unsigned [B, 2]
+  Rows dropout_batch;          // int [B]
+  const int* dropout_head;     // int [N]
 };
 
 }  // namespace jf

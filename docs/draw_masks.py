@@ -38,7 +38,10 @@ def classes(spec: AttentionSpec, operands: Operands) -> np.ndarray:
     key = np.arange(LENGTH, dtype=np.int32)[None, :]
     seen = np.broadcast_to(np.asarray(masks.visible(spec, operands, query, key)), (LENGTH, LENGTH))
     tiles = seen.reshape(LENGTH // TILE, TILE, LENGTH // TILE, TILE)
-    spread = lambda x: np.broadcast_to(x, tiles.shape).reshape(LENGTH, LENGTH)
+
+    def spread(x: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(x, tiles.shape).reshape(LENGTH, LENGTH)
+
     some, every = spread(tiles.any((1, 3), keepdims=True)), spread(tiles.all((1, 3), keepdims=True))
     return np.select([every, some & seen, some], [INTERIOR, EDGE, HIDDEN], SKIPPED)
 

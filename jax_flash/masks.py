@@ -130,7 +130,8 @@ def tiles_meet(spec: AttentionSpec, operands: Operands, q_tiles: Tiling, k_tiles
         parts.append(first_key < operands.kv_lengths)
     if not parts:
         return None
-    return jnp.any(functools.reduce(operator.and_, parts), axis=axes)
+    meet = jnp.any(functools.reduce(operator.and_, parts), axis=axes)
+    return jnp.broadcast_to(meet, (q_tiles.count, k_tiles.count))
 
 
 def span(meets: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:

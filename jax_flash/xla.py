@@ -53,13 +53,15 @@ def backward(spec: AttentionSpec, q, k, v, operands: Operands, out, lse, dout, d
             p, ds = _tile_gradient(tile, v_tile, row)
             ds = ds * tile.slope
             dq = call.q_tiles.add(dq, i, _product("...gts,...sh->...gth", ds, k_tile), axis=-2)
-            dk += _product("...gts,...gth->...sh", ds, call.queries(call.q, i))
-            dv += _product("...gts,...gth->...sh", p, row.dout)
+            dk += _product("...gth,...gts->...hs", call.queries(call.q, i), ds)
+            dv += _product("...gth,...gts->...hs", row.dout, p)
             return dq, dk, dv
 
-        dk, dv = (call.full((*call.batch, call.heads[0], *tile.shape[-2:]), 0) for tile in (k_tile, v_tile))
+        # Transposed, so that no product has to transpose p or ds.
+        dk, dv = (call.full((*call.batch, call.heads[0], x.shape[-1], call.k_tiles.size), 0) for x in (k_tile, v_tile))
         dq, dk, dv = _fori_loop(step, (dq, dk, dv), bounds, call.q_tiles.count)
-        return dq, ((dk * spec.scale).astype(k.dtype), dv.astype(v.dtype))
+        dk, dv = jnp.swapaxes(dk * spec.scale, -1, -2), jnp.swapaxes(dv, -1, -2)
+        return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
 
     dq, tiles = jax.lax.scan(key_tile, dq, call.each_key_tile())
     dk, dv = (jnp.swapaxes(call.k_tiles.join(x), -2, -3) for x in tiles)
@@ -215,7 +217,7 @@ def _forward(call: _Call, loop):
             query_tile = jax.checkpoint(query_tile)
         _, tiles = jax.lax.scan(query_tile, None, call.each_query_tile())
         out, lse = (call.q_tiles.join(x) for x in tiles)
-    return _merge_heads(out).astype(call.q.dtype), lse.reshape(*call.batch, -1, shape[-1])
+    return _merge_heads(out).astype(call.q.dtype), lse.reshape(*call.batch, math.prod(call.heads), shape[-1])
 
 
 def _online_softmax(tile: _Tile, v, top, total, weighted):
@@ -257,7 +259,8 @@ class _GradientRows(NamedTuple):
 def _gradient_rows(call: _Call, out, lse, dout, dlse) -> _GradientRows:
     out, dout = (call.rows_within_length(_split_heads(x, call.heads)) for x in (out, dout))
     lse, dlse = (
-        None if x is None else call.rows_within_length(x.reshape(*call.batch, *call.heads, -1, 1)) for x in (lse, dlse)
+        None if x is None else call.rows_within_length(x.reshape(*call.batch, *call.heads, x.shape[-1], 1))
+        for x in (lse, dlse)
     )
     delta = jnp.sum(out.astype(call.dtype) * dout.astype(call.dtype), axis=-1, keepdims=True)
     if dlse is not None:
@@ -310,7 +313,14 @@ def _checkpointed_loop(step, state, bounds, count):
 
 
 def _tilings(heads: int, t: int, s: int) -> tuple[Tiling, Tiling]:
-    return Tiling(t, min(t, 256)), Tiling(s, min(s, 512))
+    """Tiles for this many (batch entry, head) pairs: smaller for more of them, so that a step stays in the cache."""
+    most = next((size for size in (512, 256) if heads * size**2 <= 2**19), 128)
+    return Tiling(t, _even_size(t, most)), Tiling(s, _even_size(s, most))
+
+
+def _even_size(length: int, most: int) -> int:
+    """Size of as few tiles as possible, of one size, that overlap as little as possible."""
+    return -(-length // max(1, -(-length // most)))
 
 
 def _product(subscripts: str, a, b):

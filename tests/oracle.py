@@ -1,8 +1,8 @@
 """Exact attention with gradients written out by hand: NumPy, one T x S matrix, nothing shared with the library.
 
-In float64 it is the truth; in float32 it is what plain float32 attention makes of the same inputs. `spec` and
-`operands` are those of jax_flash.spec; arrays may have any dtype: query [*B, T, N, H], key [*B, S, K, H], value
-[*B, S, K, Hv], every one with batch axes of full size or 1.
+In float64 it is the truth. In float32 it is what plain attention makes of the same inputs, with its matrices kept in
+`storage` (the dtype of the inputs). `spec` and `operands` are those of jax_flash.spec; arrays may have any dtype: query
+[*B, T, N, H], key [*B, S, K, H], value [*B, S, K, Hv], every one with batch axes of full size or 1.
 """
 
 from __future__ import annotations
@@ -12,44 +12,38 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Gradients(NamedTuple):
-    q: np.ndarray  # with all batch axes, as k and v
-    k: np.ndarray
-    v: np.ndarray
-    bias: np.ndarray | None  # in its own shape
-    sinks: np.ndarray | None  # [N]
+class Results(NamedTuple):
+    """Of one call: values, and gradients of sum(out * dout) + sum(lse * dlse)."""
+
+    out: np.ndarray  # [*B, T, N, Hv]
+    lse: np.ndarray  # [*B, N, T]
+    dq: np.ndarray  # with all batch axes, as dk and dv
+    dk: np.ndarray
+    dv: np.ndarray
+    dbias: np.ndarray | None  # in the bias's own shape
+    dsinks: np.ndarray | None  # [N]
 
 
-def attention(spec, q, k, v, operands, dtype=np.float64) -> tuple[np.ndarray, np.ndarray]:
-    """out [*B, T, N, Hv] and lse [*B, N, T]"""
-    whole = _evaluate(spec, q, k, v, operands, dtype)
-    return _heads_inside(whole.out), whole.lse[..., 0]
-
-
-def gradients(spec, q, k, v, operands, dout, dlse=None, dtype=np.float64) -> Gradients:
-    """Gradients of sum(out * dout) + sum(lse * dlse)."""
-    whole = _evaluate(spec, q, k, v, operands, dtype)
-    dout = _heads_outside(_within(dout, operands.q_lengths, dtype))
-    dlse = np.zeros_like(whole.lse) if dlse is None else np.asarray(dlse, dtype)[..., None]
-    dlse = np.where(whole.empty, 0, dlse)  # an empty row's lse is a constant
-
-    dv = _transpose(whole.p * whole.keep) @ dout
-    dp = (dout @ _transpose(whole.v)) * whole.keep
+def attention(spec, q, k, v, operands, dout, dlse=None, dtype=np.float64, storage=None) -> Results:
+    store = _rounding(dtype, storage or dtype)
+    x = _evaluate(spec, q, k, v, operands, dtype, store)
+    dout, dlse = _cotangents(x, operands, dout, dlse)
+    dp = (dout @ _transpose(x.v)) * x.keep
     # The derivative by the logarithm of a row's sum of exponentials, with the scores held.
-    through_sum = dlse - np.sum(dout * whole.out, axis=-1, keepdims=True)
-    ds = whole.p * (dp + through_sum)
-    dqk = ds * whole.slope * spec.scale
-    dq, dk = dqk @ whole.k, _transpose(dqk) @ whole.q
+    through_sum = dlse - np.sum(dout * x.out, axis=-1, keepdims=True)
+    ds = x.p * (dp + through_sum)
+    return _results(spec.scale, operands, np.shape(k)[-2], x, store(ds), through_sum, dout)
 
-    dbias = dsinks = None
-    if operands.bias is not None:
-        broadcast = [i for i, size in enumerate(operands.bias.shape) if size == 1]
-        dbias = ds.sum(axis=tuple(broadcast), keepdims=True)
-    if operands.sinks is not None:
-        axes = [i for i in range(ds.ndim) if i != ds.ndim - 3]
-        dsinks = np.sum(whole.sink_share * through_sum, axis=tuple(axes))
-    kv_heads = np.shape(k)[-2]
-    return Gradients(_heads_inside(dq), _sum_groups(dk, kv_heads), _sum_groups(dv, kv_heads), dbias, dsinks)
+
+def magnitudes(spec, q, k, v, operands, dout, dlse=None) -> Results:
+    """What the results would be if no two terms could cancel: rounding errors are in proportion to it."""
+    x = _evaluate(spec, q, k, v, operands, np.float64, np.asarray)
+    dout, dlse = map(np.abs, _cotangents(x, operands, dout, dlse))
+    x = x._replace(q=np.abs(x.q), k=np.abs(x.k), v=np.abs(x.v), lse=np.where(x.empty, 0, 1 + np.abs(x.lse)))
+    dp = (dout @ _transpose(x.v)) * x.keep
+    through_sum = dlse + np.sum(x.p * dp, axis=-1, keepdims=True)
+    x = x._replace(out=(x.p * x.keep) @ x.v)
+    return _results(abs(spec.scale), operands, np.shape(k)[-2], x, x.p * (dp + through_sum), through_sum, dout)
 
 
 class _Evaluation(NamedTuple):
@@ -58,16 +52,45 @@ class _Evaluation(NamedTuple):
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
-    p: np.ndarray
-    keep: np.ndarray | float
-    slope: np.ndarray | float
-    sink_share: np.ndarray | float
-    empty: np.ndarray
+    p: np.ndarray  # softmax
+    keep: np.ndarray | float  # dropout: what multiplies p
+    slope: np.ndarray | float  # derivative of the scores by scale * q.k
+    sink_share: np.ndarray | float  # of the softmax
+    empty: np.ndarray  # rows that see no key
     lse: np.ndarray
     out: np.ndarray
 
 
-def _evaluate(spec, q, k, v, operands, dtype) -> _Evaluation:
+def _results(scale, operands, kv_heads, x: _Evaluation, ds, through_sum, dout) -> Results:
+    dqk = ds * x.slope * scale
+    dbias = dsinks = None
+    if operands.bias is not None:
+        broadcast = [i for i, size in enumerate(operands.bias.shape) if size == 1]
+        dbias = ds.sum(axis=tuple(broadcast), keepdims=True)
+    if operands.sinks is not None:
+        dsinks = np.sum(x.sink_share * through_sum, axis=(*range(ds.ndim - 3), -2, -1))
+    return Results(
+        _heads_inside(x.out),
+        x.lse[..., 0],
+        _heads_inside(dqk @ x.k),
+        _sum_groups(_transpose(dqk) @ x.q, kv_heads),
+        _sum_groups(_transpose(x.p * x.keep) @ dout, kv_heads),
+        dbias,
+        dsinks,
+    )
+
+
+def _cotangents(x: _Evaluation, operands, dout, dlse):
+    dout = _heads_outside(_within(dout, operands.q_lengths, x.p.dtype))
+    dlse = np.zeros_like(x.lse) if dlse is None else np.asarray(dlse, x.p.dtype)[..., None]
+    return dout, np.where(x.empty, 0, dlse)  # an empty row's lse is a constant
+
+
+def _rounding(dtype, storage):
+    return lambda x: x.astype(storage).astype(dtype)
+
+
+def _evaluate(spec, q, k, v, operands, dtype, store) -> _Evaluation:
     batch = np.broadcast_shapes(np.shape(q)[:-3], np.shape(k)[:-3], np.shape(v)[:-3])
     groups = np.shape(q)[-2] // np.shape(k)[-2]
     q = _heads_outside(_within(q, operands.q_lengths, dtype))
@@ -99,11 +122,11 @@ def _evaluate(spec, q, k, v, operands, dtype) -> _Evaluation:
     if sinks is not None:
         total = total + np.exp(sinks - top)
     total = np.where(empty, 1, total)
-    p = e / total
+    p = store(e / total)
     sink_share = 0.0 if sinks is None else np.where(empty, 0, np.exp(sinks - top) / total)
     lse = np.where(empty, -np.inf, top + np.log(total))
     keep = _keep(spec, operands, i, j).astype(dtype) if spec.dropout_rate else 1.0
-    return _Evaluation(q, k, v, p, keep, slope, sink_share, empty, lse, (p * keep) @ v)
+    return _Evaluation(q, k, v, p, keep, slope, sink_share, empty, lse, store((p * keep) @ v))
 
 
 def _visible(spec, operands, at, i, j):

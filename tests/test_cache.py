@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shutil
 import stat
 import subprocess
@@ -35,9 +34,9 @@ print(json.dumps([[hashlib.sha256(m["cubin"]).hexdigest(), m["cached"], m["log"]
 """
 
 
-def start(kernels: Path, cache: Path | str, variants: int = 1, **options) -> subprocess.Popen:
+def start(kernels: Path, cache: Path | str, variants: int = 1, within: tuple = (), **options) -> subprocess.Popen:
     arguments = [extension.native().__file__, str(kernels), str(cache), variants, extension.nvrtc_candidates()]
-    command = [sys.executable, "-c", PROGRAM, json.dumps(arguments)]
+    command = [*within, sys.executable, "-c", PROGRAM, json.dumps(arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -173,11 +172,9 @@ def test_a_folder_that_cannot_be_made_is_ignored(kernels, filled, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_behind(kernels, filled, tmp_path):
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-
     cache = tmp_path / "cache"
-    made, said = compile_apart(kernels, cache, variants=2, preexec_fn=limit)
+    small_files_only = ("sh", "-c", 'ulimit -f 1; exec "$@"', "sh")
+    made, said = compile_apart(kernels, cache, variants=2, within=small_files_only)
     assert made[0][0] == filled[1]
     assert warned_once(said)
     assert entries(cache) == []

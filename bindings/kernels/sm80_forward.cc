@@ -29,11 +29,9 @@ Sm80Tiles ChooseTiles(const Call& call) {
     tiles.queries = 64;
     if (HasScoreFeatures(spec) && head > 64) tiles.keys = 32;
   } else if (head > 128) {
-    tiles.warps = 8;
-    if (SharedBytes(tiles) > SharedLimit(call.arch)) {
-      tiles.queries = 64;
-      tiles.warps = 4;
-    }
+    tiles.queries = 64;
+  } else if (head == 64 && !spec.segment_ids) {
+    tiles.keys = 128;
   }
   return tiles;
 }

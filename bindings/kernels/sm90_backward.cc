@@ -71,7 +71,6 @@ Planned PlanSm90Backward(const Call& call) {
   const int padded_len = q_tiles * tiles.queries, row_blocks = padded_len / kSupportRows,
             group = problem.q_heads / problem.kv_heads;
   const long long pairs = static_cast<long long>(problem.batch) * problem.kv_heads;
-  const Extent support_grid{static_cast<unsigned>(row_blocks) * problem.batch, static_cast<unsigned>(problem.q_heads)};
 
   const SegmentPass segments = AddSegmentPass(call, tiles.queries, kKeys, false, true, &plan);
   const size_t first = plan.kernels.size();
@@ -94,8 +93,8 @@ Planned PlanSm90Backward(const Call& call) {
 
   const size_t rows = static_cast<size_t>(problem.batch) * problem.q_heads * padded_len;
   const long long acc_heads = tiles.own_dq ? std::min<long long>(kMultiprocessors, pairs) * group : pairs * group;
-  const size_t lse2 = plan.AddScratch(rows * sizeof(float)), delta = plan.AddScratch(rows * sizeof(float));
-  const size_t dq_acc = plan.AddScratch(static_cast<size_t>(acc_heads) * padded_len * head_tile * sizeof(float));
+  const size_t lse_log2 = plan.AddScratch(rows * sizeof(float)), delta = plan.AddScratch(rows * sizeof(float));
+  const size_t dq_sums = plan.AddScratch(static_cast<size_t>(acc_heads) * padded_len * head_tile * sizeof(float));
   // What the key tiles of a section read and add to stays in the L2.
   const long long bytes = 8LL * problem.q_len * group * head_tile;
   const int section = static_cast<int>(std::clamp((24LL << 20) / bytes, 1LL, pairs));
@@ -104,6 +103,7 @@ Planned PlanSm90Backward(const Call& call) {
                 {"blocks", std::to_string(blocks)},
                 {"dq", tiles.own_dq ? "one block per batch entry and key head" : "added up in float32"}};
 
+  const Extent support_grid{static_cast<unsigned>(pairs) * group, static_cast<unsigned>(row_blocks)};
   plan.launch = [=](const Launch& launch) {
     const Problem& problem = launch.call.problem;
     const Buffers& buffers = launch.buffers;
@@ -115,9 +115,9 @@ Planned PlanSm90Backward(const Call& call) {
     const unsigned queries = tiles.queries;
     const SegmentTiles segment_tiles = segments.Run(launch);
     launch.Run(first, {support_grid},
-               DeltaArgs{problem, launch.features.q_lengths, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
-                         launch.Scratch<float>(lse2), launch.Scratch<float>(delta), padded_len,
-                         tiles.own_dq ? nullptr : launch.Scratch<float>(dq_acc), head_tile});
+               DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
+                         launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len,
+                         tiles.own_dq ? nullptr : launch.Scratch<float>(dq_sums), head_tile});
     launch.Run(
         first + 1, {{blocks}, {}, true},
         Sm90BackwardArgs{map(buffers.q, problem.q_batch.mod, problem.q_len, problem.q_heads, spec.head_dim, queries),
@@ -126,12 +126,12 @@ Planned PlanSm90Backward(const Call& call) {
                          map(buffers.v, problem.v_batch.mod, problem.kv_len, problem.kv_heads, spec.value_dim, kKeys),
                          map(buffers.dk, problem.batch, problem.kv_len, problem.kv_heads, spec.head_dim, 64),
                          map(buffers.dv, problem.batch, problem.kv_len, problem.kv_heads, spec.value_dim, 64), problem,
-                         launch.features, segment_tiles, launch.Scratch<float>(lse2), launch.Scratch<float>(delta),
-                         launch.Scratch<float>(dq_acc), buffers.dq, key_tiles, q_tiles, section});
+                         launch.features, segment_tiles, launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta),
+                         launch.Scratch<float>(dq_sums), buffers.dq, key_tiles, q_tiles, section});
     if (!tiles.own_dq) {
-      launch.Run(
-          first + 2, {support_grid, {}, true},
-          DqArgs{launch.Scratch<float>(dq_acc), buffers.dq, problem.q_len, problem.q_heads, padded_len, problem.scale});
+      launch.Run(first + 2, {support_grid, {}, true},
+                 DqArgs{launch.Scratch<float>(dq_sums), buffers.dq, problem.q_len, problem.q_heads, padded_len,
+                        problem.scale});
     }
   };
   return plan;

@@ -28,4 +28,30 @@ struct Sm80ForwardArgs {
   int section;  // (batch entry, head) pairs that run side by side: their keys and values share the L2
 };
 
+// Tiles of a backward variant, and how its warps divide the products: each as a grid of `..._rows` rows of warps.
+struct Sm80BackwardTiles {
+  int queries, keys;
+  int head_dim, value_dim;
+  int warps;
+  int score_rows;       // S, dP [queries, keys]
+  int key_rows;         // dK, dV [keys, head size]
+  int query_rows;       // dQ [queries, head size]
+  int stages;           // of the buffers of Q and dO
+  bool query_gradient;  // whether this kernel also adds up dQ
+};
+
+struct Sm80BackwardArgs {
+  Problem problem;
+  Features features;
+  const void *q, *k, *v, *dout;
+  void *dq, *dk, *dv;
+  float* dq_sums;                 // see sm80/backward.cuh; null if the kernel does not add dQ up
+  const float *lse_log2, *delta;  // [batch, q_heads, padded_len]
+  void* dbias;                    // bias_gradient: laid out as Features::bias
+  SegmentTiles segments;
+  int padded_len;  // q_len rounded up to whole query tiles
+  int tiles;       // of one (batch entry, head): key tiles; query_gradient: query tiles
+  int section;     // (batch entry, head) pairs that run side by side
+};
+
 }  // namespace jf

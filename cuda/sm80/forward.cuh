@@ -63,10 +63,8 @@ JF_DEVICE Work work_of(const Sm80ForwardArgs& args) {
     split = index % args.splits;
     index /= args.splits;
   }
-  const int pairs = heads * p.batch, per_section = args.section * args.tiles;
-  const int first_pair = index / per_section * args.section, width = min(args.section, pairs - first_pair);
-  const int in_section = index % per_section;
-  const int pair = first_pair + in_section % width, tile = args.tiles - 1 - in_section / width;
+  const TilePlace place = place_in_sections(index, heads * p.batch, args.tiles, args.section);
+  const int tile = args.tiles - 1 - place.tile, pair = place.pair;
   const int head = pair % heads;
   return {tile, head, kTiles.packed ? head : head / group, pair / heads, split, tile * kQueries, group};
 }
@@ -79,54 +77,6 @@ JF_DEVICE int head_of(const Work& work, int row) {
 // Its place among the [q_len, q_heads] rows of a batch entry.
 JF_DEVICE long long place_of(const Work& work, const Problem& p, int row) {
   return static_cast<long long>(query_of(work, row)) * p.q_heads + head_of(work, row);
-}
-
-// S = Q K^T of this warp's rows.
-JF_DEVICE void scores(float (&s)[kBlocks][kKeys / 2], u32 q, u32 k) {
-#pragma unroll
-  for (int m = 0; m < kBlocks; m++) {
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; i++) s[m][i] = 0.f;
-  }
-#pragma unroll
-  for (int step = 0; step < kHeadSteps; step++) {
-    u32 a[kBlocks][4];
-#pragma unroll
-    for (int m = 0; m < kBlocks; m++) ldmatrix(a[m], QTile::advance(q, 2 * step) + m * 16 * QTile::kRowBytes);
-#pragma unroll
-    for (int n = 0; n < kKeys / 16; n++) {
-      u32 b[4];
-      ldmatrix(b, QTile::advance(k, 2 * step) + n * 16 * QTile::kRowBytes);
-#pragma unroll
-      for (int m = 0; m < kBlocks; m++) {
-        mma<kSpec.dtype>(&s[m][8 * n], a[m], b[0], b[1]);
-        mma<kSpec.dtype>(&s[m][8 * n + 4], a[m], b[2], b[3]);
-      }
-    }
-  }
-}
-
-// O += P V of this warp's rows.
-JF_DEVICE void accumulate(float (&o)[kBlocks][kValueSteps * 8], const float (&p)[kBlocks][kKeys / 2], u32 v) {
-#pragma unroll
-  for (int step = 0; step < kKeys / 16; step++) {
-    u32 a[kBlocks][4];
-#pragma unroll
-    for (int m = 0; m < kBlocks; m++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) a[m][i] = pack<kSpec.dtype>(p[m][8 * step + 2 * i], p[m][8 * step + 2 * i + 1]);
-    }
-#pragma unroll
-    for (int n = 0; n < kValueSteps; n++) {
-      u32 b[4];
-      ldmatrix_transposed(b, VTile::advance(v, 2 * n) + step * 16 * VTile::kRowBytes);
-#pragma unroll
-      for (int m = 0; m < kBlocks; m++) {
-        mma<kSpec.dtype>(&o[m][8 * n], a[m], b[0], b[1]);
-        mma<kSpec.dtype>(&o[m][8 * n + 4], a[m], b[2], b[3]);
-      }
-    }
-  }
 }
 
 }  // namespace jf
@@ -195,14 +145,14 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
         args.segments.kv_bounds[static_cast<long long>(work.batch) * ceil_div(problem.kv_len, kKeys) + n]);
   };
 
+  const OperandA<QTile, false> q_operand(shared_q, warp_row / 16);
+  const OperandB<QTile, false> k_operand(shared_k, 0);
+  const OperandB<VTile, true> v_operand(shared_v, 0);
   OnlineSoftmax<true> softmax[kBlocks];
   float o[kBlocks][kValueSteps * 8];
 #pragma unroll
-  for (int m = 0; m < kBlocks; m++) {
-    softmax[m].reset();
-#pragma unroll
-    for (int i = 0; i < kValueSteps * 8; i++) o[m][i] = 0.f;
-  }
+  for (int m = 0; m < kBlocks; m++) softmax[m].reset();
+  clear(o);
 
   if (tiles.size() > 0) {
     load_q();
@@ -213,7 +163,8 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
     __syncthreads();  // K(n), and the first time Q, are there for all; nobody reads V(n+1) any more
     load_v(n);
     float s[kBlocks][kKeys / 2];
-    scores(s, shared_q + QTile::lane_offset(warp_row), shared_k + QTile::lane_offset_columns(0));
+    clear(s);
+    multiply<kSpec.dtype, kHeadSteps>(s, q_operand, k_operand);
     wait_copies<0>();
     __syncthreads();  // V(n) is there for all; nobody reads K(n) any more
     if (n > tiles.begin) load_k(n - 1);
@@ -237,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
                                  [&](int i, bool kept) { s[m][i] = kept ? s[m][i] : 0.f; });
       }
     }
-    accumulate(o, s, shared_v + VTile::lane_offset(0));
+    multiply_registers<kSpec.dtype>(o, s, v_operand);
   }
 
   // Normalise and store. Rows at or past rows_end are zeros with an lse of -inf.

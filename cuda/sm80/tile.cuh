@@ -23,12 +23,11 @@ struct Tile {
   JF_DEVICE static u32 advance(u32 address, int chunks) {
     return (address ^ ((chunks & kMask) << 4)) + ((chunks & ~kMask) << 4);
   }
-  // What a lane gives ldmatrix for 16 rows x 2 chunks: matrices in the order (rows 0-7, 8-15) of chunk 0, then of
-  // chunk 1. This is the A operand [row, k]; transposed, the B operand of two column blocks with k along the rows.
-  JF_DEVICE static u32 lane_offset(int row0) { return offset(row0 + lane_id() % 16, lane_id() / 16); }
-  // Chunks 0 and 1 of rows 0-7, then of rows 8-15: the B operand of two column blocks whose columns are the rows here;
-  // transposed, the A operand with k along the rows.
-  JF_DEVICE static u32 lane_offset_columns(int row0) {
+  // What a lane gives ldmatrix for the four matrices of a 16 x 16 block at row `row0`, chunk 0: rows 0-7 and 8-15 of
+  // the left chunk, then of the right one ...
+  JF_DEVICE static u32 lanes_by_column(int row0) { return offset(row0 + lane_id() % 16, lane_id() / 16); }
+  // ... or the left and the right chunk of rows 0-7, then of rows 8-15.
+  JF_DEVICE static u32 lanes_by_row(int row0) {
     return offset(row0 + lane_id() % 8 + lane_id() / 16 * 8, lane_id() / 8 % 2);
   }
 };
@@ -56,6 +55,87 @@ JF_DEVICE void load_tile(u32 shared, int valid, RowPointer row_pointer) {
   }
 }
 
+// Operands of mma from a tile in shared memory, as 16 x 16 blocks: block (i, k) is the i-th of this warp along the rows
+// of A (the columns of B), the k-th along the summed axis. A warp's blocks are kStride apart, beginning at block
+// `first`. kAlongRows: the summed axis runs down the rows of the tile (it is stored as the transpose of A, as B
+// itself); else along its columns.
+template <class T, bool kAlongRows, int kStride, bool kIsA>
+struct Operand {
+  u32 address;
+
+  JF_DEVICE Operand(u32 tile, int first) {
+    const u32 lanes = kIsA == kAlongRows ? T::lanes_by_row(0) : T::lanes_by_column(0);
+    address = kAlongRows ? T::advance(tile + lanes, 2 * first) : tile + lanes + first * 16 * T::kRowBytes;
+  }
+  JF_DEVICE void load(u32 (&r)[4], int i, int k) const {
+    const int row_block = kAlongRows ? k : i * kStride, column_block = kAlongRows ? i * kStride : k;
+    const u32 block = T::advance(address, 2 * column_block) + row_block * 16 * T::kRowBytes;
+    if constexpr (kAlongRows) {
+      ldmatrix_transposed(r, block);
+    } else {
+      ldmatrix(r, block);
+    }
+  }
+};
+template <class T, bool kAlongRows, int kStride = 1>
+using OperandA = Operand<T, kAlongRows, kStride, true>;
+template <class T, bool kAlongRows, int kStride = 1>
+using OperandB = Operand<T, kAlongRows, kStride, false>;
+
+// c[m] += A B for 16 rows at a time and N / 8 blocks of 16 columns: registers 8 n .. 8 n + 7 of c[m] are block (m, n).
+template <DType kType, int kSteps, int M, int N, class A, class B>
+JF_DEVICE void multiply(float (&c)[M][N], const A& a, const B& b) {
+#pragma unroll
+  for (int k = 0; k < kSteps; k++) {
+    u32 rows[M][4];
+#pragma unroll
+    for (int m = 0; m < M; m++) a.load(rows[m], m, k);
+#pragma unroll
+    for (int n = 0; n < N / 8; n++) {
+      u32 columns[4];
+      b.load(columns, n, k);
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        mma<kType>(&c[m][8 * n], rows[m], columns[0], columns[1]);
+        mma<kType>(&c[m][8 * n + 4], rows[m], columns[2], columns[3]);
+      }
+    }
+  }
+}
+
+// The same with A in registers: an accumulator of 16 x 16 blocks, rounded to 16 bits.
+template <DType kType, int M, int N, int K, class B>
+JF_DEVICE void multiply_registers(float (&c)[M][N], const float (&a)[M][K], const B& b) {
+#pragma unroll
+  for (int k = 0; k < K / 8; k++) {
+    u32 rows[M][4];
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) rows[m][i] = pack<kType>(a[m][8 * k + 2 * i], a[m][8 * k + 2 * i + 1]);
+    }
+#pragma unroll
+    for (int n = 0; n < N / 8; n++) {
+      u32 columns[4];
+      b.load(columns, n, k);
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        mma<kType>(&c[m][8 * n], rows[m], columns[0], columns[1]);
+        mma<kType>(&c[m][8 * n + 4], rows[m], columns[2], columns[3]);
+      }
+    }
+  }
+}
+
+template <int M, int N>
+JF_DEVICE void clear(float (&c)[M][N]) {
+#pragma unroll
+  for (int m = 0; m < M; m++) {
+#pragma unroll
+    for (int i = 0; i < N; i++) c[m][i] = 0.f;
+  }
+}
+
 // Rows of one (batch entry, head) in a [batch, length, heads, size] array of 16-bit elements.
 struct HeadRows {
   const char* data;
@@ -65,6 +145,29 @@ struct HeadRows {
 JF_DEVICE HeadRows head_rows(const void* data, int batch, int length, int heads, int head, int size) {
   return {static_cast<const char*>(data) + 2 * ((static_cast<long long>(batch) * length * heads + head) * size),
           2LL * heads * size};
+}
+
+// Stores `count` rows of a tile, from row `first` on, to rows of an array from row `to` on; thread `thread` of
+// kThreads.
+template <class T, int kUsed, int kThreads>
+JF_DEVICE void store_rows(u32 tile, int first, const HeadRows& rows, int to, int count, int thread) {
+  for (int r = thread / T::kLanes; r < count; r += kThreads / T::kLanes) {
+    for (int c = thread % T::kLanes; c < kUsed / 8; c += T::kLanes) {
+      *reinterpret_cast<uint4*>(const_cast<char*>(rows(to + r)) + 16 * c) =
+          load_shared_16(tile + T::offset(first + r, c));
+    }
+  }
+}
+
+// Where block `index` of a grid stands whose blocks are numbered in sections of (batch entry, head) pairs, tile by tile
+// inside one.
+struct TilePlace {
+  int tile, pair;
+};
+JF_DEVICE TilePlace place_in_sections(int index, int pairs, int tiles, int section) {
+  const int first = index / (section * tiles) * section, width = min(section, pairs - first),
+            within = index % (section * tiles);
+  return {within / width, first + within % width};
 }
 
 }  // namespace jf

@@ -15,8 +15,8 @@
 //   dQ = dS K                         dS^T of both warpgroups from shared memory; half of dQ each
 //
 // Tiles (queries x keys): 128 x 128 at head size 64, else 64 x 128 (at head size 64, too, where the scores need more
-// registers than the plain ones). Rings: two stages of Q + lse2 and of dO + delta, two buffers of dS^T, one or two of K
-// and V, in that order of struct Shared: 160 KiB at head size 128 with one stage of K and V, 224 KiB with two.
+// registers than the plain ones). Rings: two stages of Q + lse_log2 and of dO + delta, two buffers of dS^T, one or two
+// of K and V, in that order of struct Shared: 160 KiB at head size 128 with one stage of K and V, 224 KiB with two.
 //
 // mbarriers       arrives                              waits
 //   kv_full       producer + bytes                     consumers, once a key tile
@@ -32,7 +32,7 @@
 // Registers: 168 a thread at launch; 24 for the producer, 240 for the consumers (dk, dv 64 + 64, S^T, dP^T 32 + 32 or
 // 64 + 64, P^T and dS^T as operands 16 + 16 or 32 + 32 once the former are spent; dq takes the place of S^T).
 //
-// Numerics: fp32 throughout but for P and dS, rounded to the operands' type. Rows that see nothing come with lse2 =
+// Numerics: fp32 throughout but for P and dS, rounded to the operands' type. Rows that see nothing come with lse_log2 =
 // +inf and give p = 0. What lies past a length may be NaN: it is cleared in shared memory. Limits: float16 and
 // bfloat16, head sizes multiples of 8 up to 128.
 #include "pieces/dependency.cuh"
@@ -65,7 +65,7 @@ struct alignas(1024) Shared {
   unsigned char q[kStages][kHeadAtoms * kQueries * 128];
   unsigned char dout[kStages][kValueAtoms * kQueries * 128];
   unsigned char ds[2][kQueries / 64][kKeys * 128];  // dS^T: rows are keys
-  float lse2[kStages][kQueries], delta[kStages][kQueries];
+  float lse_log2[kStages][kQueries], delta[kStages][kQueries];
   u64 kv_full[kKvStages], kv_free[kKvStages];
   u64 q_full[kStages], q_free[kStages], dout_full[kStages], dout_free[kStages];
 };
@@ -154,10 +154,10 @@ JF_DEVICE void produce(const Sm90BackwardArgs& args, Shared& shared) {
       const long long row = ((static_cast<long long>(tile.batch) * p.q_heads + head) * args.q_tiles + m) * kQueries;
       const u32 q_full = barrier_of(shared.q_full, ring.slot), dout_full = barrier_of(shared.dout_full, ring.slot);
       barrier_wait(barrier_of(shared.q_free, ring.slot), ring.parity ^ 1);
-      barrier_arrive_expect(q_full, sizeof shared.q[0] + sizeof shared.lse2[0]);
+      barrier_arrive_expect(q_full, sizeof shared.q[0] + sizeof shared.lse_log2[0]);
       load_tile(shared_address(shared.q[ring.slot]), args.q, q_full, kHeadAtoms, kQueries, head, m * kQueries,
                 p.q_batch(tile.batch));
-      bulk_load(shared_address(shared.lse2[ring.slot]), args.lse2 + row, sizeof shared.lse2[0], q_full);
+      bulk_load(shared_address(shared.lse_log2[ring.slot]), args.lse_log2 + row, sizeof shared.lse_log2[0], q_full);
       barrier_wait(barrier_of(shared.dout_free, ring.slot), ring.parity ^ 1);
       barrier_arrive_expect(dout_full, sizeof shared.dout[0] + sizeof shared.delta[0]);
       load_tile(shared_address(shared.dout[ring.slot]), args.dout, dout_full, kValueAtoms, kQueries, head, m * kQueries,
@@ -318,9 +318,10 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       if constexpr (kSpec.mask) hide_masked(s, at, p, args.features.mask, tile.batch, head);
 #pragma unroll
       for (int i = 0; i < kScores; i += 4) {
-        const float2 lse2 = *reinterpret_cast<const float2*>(&shared.lse2[ring.slot][2 * i + lane_id() % 4 * 2]);
+        const float2 lse_log2 =
+            *reinterpret_cast<const float2*>(&shared.lse_log2[ring.slot][2 * i + lane_id() % 4 * 2]);
 #pragma unroll
-        for (int j = 0; j < 4; j++) s[i + j] = exp2_fast(fmaf(s[i + j], score.unit, j & 1 ? -lse2.y : -lse2.x));
+        for (int j = 0; j < 4; j++) s[i + j] = exp2_fast(fmaf(s[i + j], score.unit, j & 1 ? -lse_log2.y : -lse_log2.x));
       }
 
       wgmma_wait<0>();
@@ -384,7 +385,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       const long long dq_head = kOwnDq ? static_cast<long long>(blockIdx.x) * group + head % group
                                        : static_cast<long long>(tile.batch) * p.q_heads + head;
       const int last_key = kOwnDq ? tile.band.keys_of(query0, kQueries).end - 1 : 0;
-      const DqSum sum{args.dq_acc + ((dq_head * args.q_tiles + m) * kDqBlocks + dq_block0) * 512 + thread * 4,
+      const DqSum sum{args.dq_sums + ((dq_head * args.q_tiles + m) * kDqBlocks + dq_block0) * 512 + thread * 4,
                       kDqBlocks - dq_block0, tile.index == 0, tile.index == last_key / kKeys};
       if (kOwnDq && sum.last) {
         float earlier[32];
@@ -446,7 +447,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) sm90_backward(const __grid_
     barrier_init_fence();
   }
   __syncthreads();
-  dependency_wait();  // lse2, delta and the cleared dq_acc come from the kernel ahead
+  dependency_wait();  // lse_log2, delta and the cleared dq_sums come from the kernel ahead
   if (threadIdx.x < 128) {
     registers_release<kProducerRegisters>();
     if (threadIdx.x == 0) produce(args, shared);

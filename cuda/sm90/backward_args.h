@@ -20,10 +20,10 @@ struct Sm90BackwardArgs {
   Problem problem;
   Features features;
   SegmentTiles segments;
-  const float* lse2;  // see support/delta.cuh
+  const float* lse_log2;  // see support/delta.cuh
   const float* delta;
-  float* dq_acc;  // see support/dq.cuh; own_dq: room for the heads of one block after the other
-  void* dq;       // own_dq: [batch, q_len, q_heads, head_dim]
+  float* dq_sums;  // see support/dq.cuh; own_dq: room for the heads of one block after the other
+  void* dq;        // own_dq: [batch, q_len, q_heads, head_dim]
   int key_tiles, q_tiles;
   int section;  // (batch entry, key head) pairs whose key tiles are interleaved: what they read shares the L2
 };

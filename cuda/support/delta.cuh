@@ -1,66 +1,73 @@
-// What the backward needs of every query row: delta = sum(dout * out) - dlse, and the lse in log2 units. Rows that see
-// nothing, lie past their length or pad the last tile get lse2 = +inf and delta = 0: their probabilities come out as 0.
-// On the way, clears the accumulators of dq. Bytes: out and dout once, the accumulators once.
-// Grid: x over batch entries and, within one, kRows rows; y over heads; a row is read by kLanes lanes, 16 bytes each.
+// What the backward needs of each query row beside its vectors:
+//
+//   lse_log2 = lse * log2 e,   delta = sum(dout * out) - dlse,   so that  p = 2^(logit - lse_log2),  ds = p * (dp -
+//   delta).
+//
+// A row without a visible key, past q_lengths or in the padding gets lse_log2 = +inf and delta = 0: its probabilities
+// and score gradients are exactly 0, whatever its vectors hold. On the way, clears the sums that will become dq.
+// Grid: x over (batch entry, head), y over tiles of kRows rows; kLanes lanes read one row, 16 bytes each, all loads of
+// a thread ahead of the first use.
 #include "pieces/dependency.cuh"
-#include "pieces/fragment.cuh"
+#include "pieces/mask.cuh"
 #include "support/delta.h"
 
 namespace jf {
 
-constexpr int kRows = 64, kWarps = 8, kRowsOfWarp = kRows / kWarps;
-constexpr int kLanes = kSpec.value_dim <= 32 ? 4 : kSpec.value_dim <= 64 ? 8 : kSpec.value_dim <= 128 ? 16 : 32;
-constexpr int kRowsAtOnce = 32 / kLanes, kPasses = kRowsOfWarp / kRowsAtOnce;
+constexpr int kThreads = 256, kRows = 64;
+constexpr int kLanes = kSpec.value_dim > 128 ? 32 : kSpec.value_dim > 64 ? 16 : 8;
+constexpr int kPasses = kRows * kLanes / kThreads;
 
-JF_DEVICE float dot(u32 x, u32 y) {
-  return to_float<kSpec.dtype>(x & 0xffff) * to_float<kSpec.dtype>(y & 0xffff) +
-         to_float<kSpec.dtype>(x >> 16) * to_float<kSpec.dtype>(y >> 16);
+JF_DEVICE float dot_of_pairs(u32 a, u32 b) {
+  return to_float<kSpec.dtype>(a & 0xffff) * to_float<kSpec.dtype>(b & 0xffff) +
+         to_float<kSpec.dtype>(a >> 16) * to_float<kSpec.dtype>(b >> 16);
 }
 
 }  // namespace jf
 
-extern "C" __global__ void __launch_bounds__(32 * jf::kWarps) delta(const __grid_constant__ jf::DeltaArgs args) {
+extern "C" __global__ void __launch_bounds__(jf::kThreads) delta(const __grid_constant__ jf::DeltaArgs args) {
   using namespace jf;
   dependents_launch();
   const Problem& p = args.problem;
-  const int blocks = args.padded_len / kRows, head = blockIdx.y, b = blockIdx.x / blocks;
-  const int row0 = blockIdx.x % blocks * kRows;
-  const int lane = lane_id() % kLanes, first = row0 + threadIdx.x / 32 * kRowsOfWarp + lane_id() / kLanes;
-  int q_end = p.q_len;
-  if constexpr (kSpec.q_lengths) q_end = min(q_end, *row_of<int>(args.q_lengths, b));
+  const int head = blockIdx.x % p.q_heads, b = blockIdx.x / p.q_heads, row0 = blockIdx.y * kRows;
+  const int q_end = band_of(p, args.features, b).q_end;
+  const int chunk = threadIdx.x % kLanes, first = row0 + threadIdx.x / kLanes * kPasses;
 
-  uint4 out[kPasses], dout[kPasses];
+  uint4 x[kPasses], y[kPasses];
 #pragma unroll
-  for (int pass = 0; pass < kPasses; pass++) {
-    const int row = first + pass * kRowsAtOnce;
-    out[pass] = dout[pass] = uint4{0, 0, 0, 0};
-    if (row < q_end && lane * 8 < kSpec.value_dim) {
-      const long long i = ((static_cast<long long>(b) * p.q_len + row) * p.q_heads + head) * kSpec.value_dim / 8 + lane;
-      out[pass] = __ldg(static_cast<const uint4*>(args.out) + i);
-      dout[pass] = __ldg(static_cast<const uint4*>(args.dout) + i);
+  for (int i = 0; i < kPasses; i++) {
+    x[i] = y[i] = uint4{0, 0, 0, 0};
+    if (first + i < q_end && chunk * 8 < kSpec.value_dim) {
+      const long long offset =
+          ((static_cast<long long>(b) * p.q_len + first + i) * p.q_heads + head) * kSpec.value_dim / 8 + chunk;
+      x[i] = __ldg(static_cast<const uint4*>(args.out) + offset);
+      y[i] = __ldg(static_cast<const uint4*>(args.dout) + offset);
     }
   }
 
-  const long long head_row = (static_cast<long long>(b) * p.q_heads + head) * args.padded_len;
-  if (args.dq_acc != nullptr) {
-    float4* acc = reinterpret_cast<float4*>(args.dq_acc + (head_row + row0) * args.acc_size);
-    for (int i = threadIdx.x; i < kRows * args.acc_size / 4; i += 32 * kWarps) acc[i] = float4{0, 0, 0, 0};
+  const long long padded_row0 = static_cast<long long>(blockIdx.x) * args.padded_len + row0;
+  if (args.dq_sums != nullptr) {
+    float4* sums = reinterpret_cast<float4*>(args.dq_sums + padded_row0 * args.sums_size);
+    const int count = min(kRows, args.padded_len - row0) * args.sums_size / 4;
+    for (int i = threadIdx.x; i < count; i += kThreads) sums[i] = float4{0.f, 0.f, 0.f, 0.f};
   }
 
 #pragma unroll
-  for (int pass = 0; pass < kPasses; pass++) {
-    const uint4 x = out[pass], y = dout[pass];
-    float sum = dot(x.x, y.x) + dot(x.y, y.y) + dot(x.z, y.z) + dot(x.w, y.w);
+  for (int i = 0; i < kPasses; i++) {
+    float sum = dot_of_pairs(x[i].x, y[i].x) + dot_of_pairs(x[i].y, y[i].y) + dot_of_pairs(x[i].z, y[i].z) +
+                dot_of_pairs(x[i].w, y[i].w);
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    const int row = first + pass * kRowsAtOnce;
-    if (lane == 0) {
-      const long long i = (static_cast<long long>(b) * p.q_heads + head) * p.q_len + row;
-      const float lse = row < q_end ? args.lse[i] : -infinity();
-      const bool neutral = lse == -infinity();
-      if (kSpec.lse_cotangent && !neutral) sum -= args.dlse[i];
-      args.lse2[head_row + row] = neutral ? infinity() : lse * kLog2E;
-      args.delta[head_row + row] = neutral ? 0.f : sum;
+    const int row = first + i;
+    if (chunk == 0 && row < args.padded_len) {
+      float lse = -infinity();
+      if (row < q_end) {
+        const long long place = static_cast<long long>(blockIdx.x) * p.q_len + row;
+        lse = args.lse[place];
+        if constexpr (kSpec.lse_cotangent) sum -= args.dlse[place];
+      }
+      const bool empty = lse == -infinity();
+      args.lse_log2[padded_row0 - row0 + row] = empty ? infinity() : lse * kLog2E;
+      args.delta[padded_row0 - row0 + row] = empty ? 0.f : sum;
     }
   }
 }

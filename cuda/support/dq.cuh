@@ -3,7 +3,7 @@
 // The sums lie in the order of the accumulators of mma and wgmma, so that a thread adds its four registers of 8 columns
 // as 16 bytes: [batch, head, 64 queries, 8 elements] blocks of 128 threads x 4, where thread 32 w + 4 r + c holds rows
 // 16 w + r and 16 w + r + 8, columns 2 c and 2 c + 1.
-// Grid: x over batch entries and, within one, 64 queries; y over heads; a thread makes 8 elements of two rows.
+// Grid: x over (batch entry, head), y over 64 queries; a thread makes 8 elements of two rows.
 #include "pieces/dependency.cuh"
 #include "pieces/fragment.cuh"
 #include "support/dq.h"
@@ -15,10 +15,9 @@ constexpr int kThreads = 256, kBlocks = (kSpec.head_dim + 7) / 8;
 extern "C" __global__ void __launch_bounds__(jf::kThreads) dq_from_sums(const __grid_constant__ jf::DqArgs args) {
   using namespace jf;
   dependency_wait();
-  const int blocks = args.padded_len / 64, head = blockIdx.y, b = blockIdx.x / blocks;
-  const int row0 = blockIdx.x % blocks * 64;
-  const float4* acc = reinterpret_cast<const float4*>(
-      args.acc + ((static_cast<long long>(b) * args.q_heads + head) * args.padded_len + row0) * kTiles.acc_size);
+  const int head = blockIdx.x % args.q_heads, b = blockIdx.x / args.q_heads, row0 = blockIdx.y * 64;
+  const float4* sums = reinterpret_cast<const float4*>(
+      args.sums + ((static_cast<long long>(b) * args.q_heads + head) * args.padded_len + row0) * kTiles.sums_size);
   uint4* dq = static_cast<uint4*>(args.dq);
 #pragma unroll
   for (int start = 0; start < 32 * kBlocks; start += kThreads) {
@@ -26,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads) dq_from_sums(const __
     if (block >= kBlocks) continue;
     float4 x[4];
 #pragma unroll
-    for (int c = 0; c < 4; c++) x[c] = __ldcs(acc + block * 128 + pair * 4 + c);
+    for (int c = 0; c < 4; c++) x[c] = __ldcs(sums + block * 128 + pair * 4 + c);
     const float scale = args.scale;
     const uint4 low{
         pack<kSpec.dtype>(x[0].x * scale, x[0].y * scale), pack<kSpec.dtype>(x[1].x * scale, x[1].y * scale),

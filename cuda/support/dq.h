@@ -4,7 +4,7 @@
 namespace jf {
 
 struct DqArgs {
-  const float* acc;
+  const float* sums;
   void* dq;  // [batch, q_len, q_heads, head_dim]
   int q_len, q_heads, padded_len;
   float scale;
@@ -12,7 +12,7 @@ struct DqArgs {
 
 // `constexpr jf::DqTiles kTiles{...}` in variant.h.
 struct DqTiles {
-  int acc_size;  // elements of a row of the accumulators, at least head_dim
+  int sums_size;  // elements of a row of the sums, at least head_dim
 };
 
 }  // namespace jf

@@ -1,0 +1,96 @@
+"""Figures in the documentation are quoted from kept runs, never typed: `python -m benchmarks.quote` writes them.
+
+A block of a page looks like
+
+    <!-- run: h200.jsonl grid fwd bf16 -->
+    ...a table that this script writes...
+    <!-- end -->
+
+and names a file of benchmarks/results, then what to show: `grid DIRECTION DTYPE` (speed by length and head size) or
+`cases GROUP` (a line a case). `--check` writes nothing and fails where a page and its run disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from .report import read
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- run: (\S+) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def origin(rows: list[dict[str, Any]], name: str) -> str:
+    first = rows[0]
+    where = f"{first['device']}, {first['date']}, commit {first['commit']}, JAX {first['jax']}"
+    return f"\n{where}: `benchmarks/results/{name}`.\n"
+
+
+def cell(rows: list[dict[str, Any]], **key: Any) -> str:
+    """Our speed, and in brackets the ratio to cuDNN's in the same run."""
+    match = [row for row in rows if all(row[field] == value for field, value in key.items())]
+    speed = {row["impl"]: row["tflops"] for row in match if "tflops" in row}
+    if "jax_flash" not in speed:
+        return "-"
+    ratio = f" ({speed['jax_flash'] / speed['cudnn']:.2f})" if "cudnn" in speed else ""
+    return f"{speed['jax_flash']:.0f}{ratio}"
+
+
+def grid(rows: list[dict[str, Any]], direction: str, dtype: str) -> list[str]:
+    rows = [row for row in rows if row["dir"] == direction and row["dtype"] == dtype]
+    lengths = sorted({row["S"] for row in rows})
+    lines = [
+        f"| TFLOP/s (x cuDNN) | {' | '.join(f'S {length}' for length in lengths)} |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    for dim in sorted({row["D"] for row in rows}):
+        for causal in (0, 1):
+            cells = [cell(rows, D=dim, causal=causal, S=length) for length in lengths]
+            lines.append(f"| head size {dim}, {'causal' if causal else 'full'} | {' | '.join(cells)} |")
+    return lines
+
+
+def cases(rows: list[dict[str, Any]], group: str) -> list[str]:
+    rows = [row for row in rows if row["group"] == group]
+    lines = ["| case | TFLOP/s (x cuDNN) | kernel ms | wall ms |", "|---|---|---|---|"]
+    for row in rows:
+        if row["impl"] == "jax_flash" and "tflops" in row:
+            kernel = f"{row['kernel_ms']:.3f}" if row["kernel_ms"] else "-"
+            lines.append(f"| {row['case']} | {cell(rows, case=row['case'])} | {kernel} | {row['wall_ms']:.3f} |")
+    return lines
+
+
+def quoted(text: str) -> str:
+    """The page with every block written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        start, name, what, end = match.groups()
+        rows = read(RESULTS / name)
+        kind, *arguments = what.split()
+        lines = {"grid": grid, "cases": cases}[kind](rows, *arguments)
+        return start + "\n".join(lines) + "\n" + origin(rows, name) + end
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = [page for page in PAGES if page.exists() and quoted(page.read_text()) != page.read_text()]
+    for page in stale:
+        if check:
+            print(f"{page.relative_to(ROOT)} disagrees with its run: python -m benchmarks.quote", file=sys.stderr)
+        else:
+            page.write_text(quoted(page.read_text()))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
