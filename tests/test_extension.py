@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -157,3 +161,40 @@ def test_without_a_driver_its_absence_is_said(native):
         assert "driver" in str(error)
     else:
         pytest.skip("there is a driver")
+
+
+DRIVER = """
+#include <string.h>
+static int version(int* v) { *v = 12040; return 0; }
+static int one(void) { return 0; }
+int STEM(const char* name, void** symbol, int a, unsigned long long b, int* status) {
+  *symbol = !strcmp(name, "cuDriverGetVersion") ? (void*)version : (void*)one;
+  return 0;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("stem", "question", "answer"),
+    [
+        ("cuGetProcAddress", "driver_version", "older than CUDA 12.0: update it"),
+        ("cuGetProcAddress_v2", "nvrtc", "is newer than the driver"),
+    ],
+)
+def test_an_old_driver_is_named(native, tmp_path, stem, question, answer):
+    """A driver of CUDA 11, and one of CUDA 12 beside an NVRTC of CUDA 13."""
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("no C compiler")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    command = [compiler, "-shared", "-fPIC", f"-DSTEM={stem}", "driver.c", "-o", "libcuda.so.1"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    newest = [path for path in extension.nvrtc_candidates() if path.endswith(".so.13")]
+    program = f"""if True:
+        from jax_flash import extension
+        native = extension.native()
+        native.configure(nvrtc={newest}, kernels="", cache="", dump="")
+        native.{question}()"""
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert answer in done.stderr

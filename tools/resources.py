@@ -60,6 +60,7 @@ class Row(NamedTuple):
     spill_bytes: int
     shared_bytes: int  # dynamic
     threads: int
+    waits: str  # ptxas's codes for products of wgmma that it made wait: C7519, ...
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -74,11 +75,12 @@ def measure(call: str, arch: int) -> list[Row]:
     for direction, _, plan in plans(options):
         for kernel in plan.get("kernels", ()):
             log = native().compile(kernel["source"], kernel["entry"], kernel["variant"], arch)["log"]
+            waits = " ".join(sorted(set(re.findall(r"C75\d\d", log))))
             log = log.partition(f"Compiling entry function '{kernel['entry']}'")[2].partition("Compiling entry")[0]
             (registers,) = re.findall(r"Used (\d+) registers", log)
             spills = map(int, re.findall(r"(\d+) bytes spill", log))
             sizes = int(registers), sum(spills), kernel["shared_bytes"], kernel["threads"]
-            rows.append(Row(arch_name(arch), call, direction, kernel["entry"], *sizes))
+            rows.append(Row(arch_name(arch), call, direction, kernel["entry"], *sizes, waits))
     return rows
 
 
@@ -116,7 +118,10 @@ def main() -> int:
     spilling = [row for row in rows if row.spill_bytes]
     for row in spilling:
         print("spills", row.spill_bytes, "bytes:", *row.key)
-    print(f"{len(rows)} kernels by {nvrtc_version()}, {len(spilling)} of them spill; wrote {TABLE}")
+    waiting = [row for row in rows if row.waits]
+    for row in waiting:
+        print(row.waits, *row.key)
+    print(f"{len(rows)} kernels by {nvrtc_version()}, {len(spilling)} spill, {len(waiting)} wait; wrote {TABLE}")
     return 0
 
 
