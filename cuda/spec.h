@@ -1,6 +1,6 @@
 // What one attention call is, for the planner on the host and for the kernels alike: no includes, plain structs, C++17.
 //
-//   Spec      what a kernel is compiled for: variant.h, generated for a variant, holds one as `constexpr jf::Spec kSpec`.
+//   Spec      what a kernel is compiled for: variant.h, made for each variant, holds it as `constexpr jf::Spec kSpec`.
 //   Problem   sizes and numbers of one call: a run-time argument.
 //   Features  pointers to the operands beside query, key and value: a run-time argument.
 //
