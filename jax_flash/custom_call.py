@@ -98,15 +98,16 @@ def _architectures() -> tuple[int, ...]:
 def _plan(call: Call, arrays: Sequence[Any]) -> dict[str, Any]:
     """The extension's plan for the call on the GPU of this machine, or {"reason": why there is none}."""
     try:
-        plan = functools.partial(native().plan, call.target, call.attributes(arrays))
+        here = [native().plan(call.target, call.attributes(arrays), arch) for arch in _architectures()]
+        if here:
+            return next((plan for plan in here if "reason" in plan), here[-1])
+        # No GPU here, but the program may be lowered for one elsewhere.
+        portable = [native().plan(call.target, call.attributes(arrays), arch) for arch in _PORTABLE]
+        return next((plan for plan in portable if "reason" not in plan), portable[0])
     except ImportError as error:
         return {"reason": f"the extension is not there ({error})"}
-    plans = [plan(arch) for arch in _architectures()]
-    if plans:
-        return next((refusal for refusal in plans if "reason" in refusal), plans[-1])
-    # No GPU here: the program may be lowered for one elsewhere.
-    portable = [plan(arch) for arch in _PORTABLE]
-    return next((plan for plan in portable if "reason" not in plan), portable[0])
+    except RuntimeError as error:
+        return {"reason": str(error)}
 
 
 _PORTABLE = (80, 90)  # the architectures whose kernels newer GPUs may run
