@@ -30,21 +30,23 @@ class State(NamedTuple):
 
 
 class Trainer:
-    """A model's definition, its optimizer and the step that trains it on all devices."""
+    """A model's definition, its optimizer and the step that trains it on `devices`, by default all."""
 
-    def __init__(self, config: gpt.Config, steps: int, learning_rate: float = 1e-3, parallel: str = "jit"):
+    def __init__(
+        self, config: gpt.Config, steps: int, learning_rate: float = 1e-3, parallel: str = "jit", devices=None
+    ):
         self.config = config
         self.parallel = parallel
         schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(steps // 10 + 1, 1000), steps + 1)
         self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.1))
         self.definition = nnx.split(nnx.eval_shape(lambda: gpt.GPT(config, nnx.Rngs(0))))[0]
-        self.devices = np.array(jax.devices())
+        self.devices = np.array(devices or jax.devices())
         if parallel == "jit":
             mesh = jax.sharding.Mesh(self.devices, ("data",), axis_types=(AxisType.Auto,))
             self.whole, self.split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
             self.step = jax.jit(self._step, donate_argnums=0)
         else:
-            self.step = jax.pmap(self._step, axis_name="data", donate_argnums=0)
+            self.step = jax.pmap(self._step, axis_name="data", donate_argnums=0, devices=list(self.devices))
 
     def init(self, seed: int = 0) -> State:
         parameters = nnx.state(gpt.GPT(self.config, nnx.Rngs(seed)), nnx.Param)
