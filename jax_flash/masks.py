@@ -80,6 +80,10 @@ class Tiling:
     def start(self, tile):
         return jnp.minimum(tile * self.size, self.length - self.size)
 
+    def fresh(self, tile, index):
+        """Whether these indices of a tile are not in the tile before it."""
+        return index >= tile * self.size
+
     def cut(self, x, tile, axis: int):
         """The part of x that belongs to a tile; x itself if it broadcasts along the axis."""
         if x.shape[axis] == 1 or self.count == 1:

@@ -143,6 +143,10 @@ class _Call:
     def pairs(self, x, i, j):
         return self.k_tiles.cut(self.queries(x, i), j, axis=-1)
 
+    def query(self, i):
+        """Query numbers of a tile."""
+        return self.q_tiles.start(i) + _index(self.q_tiles.size, -2, self.q.ndim)
+
     def each_query_tile(self):
         """Query tile numbers, and for each the range of key tiles that it meets (None: all)."""
         return self._each(self.q_tiles, axis=1)
@@ -163,7 +167,7 @@ class _Call:
             mask=None if whole.mask is None else self.pairs(whole.mask, i, j),
             bias=None if whole.bias is None else self.pairs(whole.bias, i, j),
         )
-        query = self.q_tiles.start(i) + _index(self.q_tiles.size, -2, self.q.ndim)
+        query = self.query(i)
         key = self.k_tiles.start(j) + _index(self.k_tiles.size, -1, self.q.ndim)
 
         s = spec.scale * _product("...gth,...sh->...gts", self.queries(self.q, i), self.keys(self.k, j))
@@ -179,10 +183,9 @@ class _Call:
             s += operands.bias.astype(s.dtype)
 
         visible = masks.visible(spec, operands, query, key)
-        for tiles, n, index in ((self.q_tiles, i, query), (self.k_tiles, j, key)):
-            if tiles.overlaps:
-                fresh = index >= n * tiles.size
-                visible = fresh if visible is None else visible & fresh
+        if self.k_tiles.overlaps:
+            fresh = self.k_tiles.fresh(j, key)
+            visible = fresh if visible is None else visible & fresh
         keep = None
         if spec.dropout_rate:
             kept = masks.dropout_keeps(spec, operands, query, key)
@@ -242,7 +245,8 @@ def _normalise(top, total, weighted, sinks):
         shrink = jnp.exp(top - new_top)
         top, total, weighted = new_top, total * shrink + jnp.exp(sinks - new_top), weighted * shrink
     total = jnp.where(empty, 1, total)
-    return jnp.where(empty, 0, weighted / total), jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    lse = top + jnp.log(total) + jnp.log((~empty).astype(total.dtype))  # jax_debug_infs would report a constant -inf
+    return jnp.where(empty, 0, weighted / total), lse
 
 
 class _GradientRows(NamedTuple):
@@ -253,7 +257,12 @@ class _GradientRows(NamedTuple):
     delta: jax.Array  # [*B, K, G, T, 1]: dout.out - dlse
 
     def tile(self, call: _Call, i) -> _GradientRows:
-        return _GradientRows(*(call.queries(x, i) for x in self))
+        """Rows of a query tile, such that those which an earlier tile has too count once."""
+        lse, dout, delta = (call.queries(x, i) for x in self)
+        if call.q_tiles.overlaps:
+            fresh = call.q_tiles.fresh(i, call.query(i))
+            dout, delta = (jnp.where(fresh, x, 0) for x in (dout, delta))
+        return _GradientRows(lse, dout, delta)
 
 
 def _gradient_rows(call: _Call, out, lse, dout, dlse) -> _GradientRows:
@@ -265,7 +274,7 @@ def _gradient_rows(call: _Call, out, lse, dout, dlse) -> _GradientRows:
     delta = jnp.sum(out.astype(call.dtype) * dout.astype(call.dtype), axis=-1, keepdims=True)
     if dlse is not None:
         delta -= dlse
-    return _GradientRows(jnp.where(lse == -jnp.inf, 0, lse), dout, delta)
+    return _GradientRows(jnp.where(jnp.isfinite(lse), lse, 0), dout, delta)
 
 
 def _tile_gradient(tile: _Tile, v, row: _GradientRows):
@@ -287,16 +296,14 @@ def _add_pairs(call: _Call, dbias, i, j, ds):
     old = call.pairs(dbias, i, j)
     axes = tuple(axis for axis, size in enumerate(old.shape) if size == 1 and ds.shape[axis] > 1)
     new = old + jnp.sum(ds, axes, keepdims=True).astype(dbias.dtype)
-    starts = [0] * dbias.ndim
-    if dbias.shape[-2] > 1:
-        starts[-2] = call.q_tiles.start(i)
-    if dbias.shape[-1] > 1:
-        starts[-1] = call.k_tiles.start(j)
-    return jax.lax.dynamic_update_slice(dbias, new, starts)
+    zero = np.int32(0)
+    row = call.q_tiles.start(i) if dbias.shape[-2] > 1 else zero
+    column = call.k_tiles.start(j) if dbias.shape[-1] > 1 else zero
+    return jax.lax.dynamic_update_slice(dbias, new, [zero] * (dbias.ndim - 2) + [row, column])
 
 
 def _fori_loop(step, state, bounds, count):
-    first, end = bounds or (0, count)
+    first, end = bounds or (np.int32(0), np.int32(count))
     return jax.lax.fori_loop(first, end, step, state)
 
 

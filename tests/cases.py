@@ -137,7 +137,8 @@ def check(inputs: Inputs, **results: Any) -> dict[str, tuple[float, float]]:
     """
     storage = inputs.q.dtype
     compute = np.promote_types(storage, np.float32) if storage.kind == "f" else np.float32
-    truth = oracle.attention(*inputs)._asdict()
+    exact = np.longdouble if storage == np.float64 else np.float64
+    truth = oracle.attention(*inputs, dtype=exact)._asdict()
     plain = oracle.attention(*inputs, dtype=compute, storage=storage)._asdict()
     sizes = oracle.magnitudes(*inputs)._asdict()
     errors = {}
@@ -145,10 +146,10 @@ def check(inputs: Inputs, **results: Any) -> dict[str, tuple[float, float]]:
         got, want = np.asarray(result), truth[name]
         assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
         finite = np.isfinite(want)
-        np.testing.assert_array_equal(got[~finite].astype(np.float64), want[~finite], err_msg=name)
-        off = np.abs(np.where(finite, got, 0).astype(np.float64) - np.where(finite, want, 0))
+        np.testing.assert_array_equal(got[~finite].astype(exact), want[~finite], err_msg=name)
+        off = np.abs(np.where(finite, got, 0).astype(exact) - np.where(finite, want, 0))
         off_plain = np.abs(
-            np.where(finite, plain[name].astype(got.dtype), 0).astype(np.float64) - np.where(finite, want, 0)
+            np.where(finite, plain[name].astype(got.dtype), 0).astype(exact) - np.where(finite, want, 0)
         )
         error, error_plain = off.max(initial=0), off_plain.max(initial=0)
         allowed = 2 * error_plain + float(jnp.finfo(got.dtype).eps) * sizes[name]

@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
 import os
+import re
 from typing import Any
 
 import cases
@@ -15,8 +19,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 
 from jax_flash import xla
+from jax_flash.spec import AttentionSpec, Operands
 
 EXAMPLES = int(os.environ.get("JAX_FLASH_EXAMPLES", "100"))
 
@@ -76,7 +82,7 @@ def differentiated(inputs: cases.Inputs) -> dict[str, Any]:
 
         learned = {name: getattr(operands, name) for name in ("bias", "sinks") if getattr(operands, name) is not None}
         (out, lse), vjp = jax.vjp(attend, q, k, v, learned)
-        dq, dk, dv, gradients = vjp((dout, jnp.zeros_like(lse) if dlse is None else dlse))
+        dq, dk, dv, gradients = vjp((dout, jnp.zeros_like(lse) if dlse is None else dlse.astype(lse.dtype)))
         return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv} | {f"d{n}": x for n, x in gradients.items()}
 
     q, k, v = (np.broadcast_to(x, batch + x.shape[-3:]) for x in inputs[1:4])  # so that gradients have all batch axes
@@ -89,8 +95,19 @@ def test_case(name):
     cases.check(inputs, **pair(inputs))
 
 
-DIFFERENTIATED = ("plain", "window, offset", "segment ids, causal", "lengths, causal", "bias of keys", "sinks of empty rows",
-                  "lse, sinks", "grouped heads, bias", "no key", "no batch entry", "everything")  # fmt: skip
+DIFFERENTIATED = (
+    "plain",
+    "window, offset",
+    "segment ids, causal",
+    "lengths, causal",
+    "bias of keys",
+    "sinks of empty rows",
+    "lse, sinks",
+    "grouped heads, bias",
+    "no key",
+    "no batch entry",
+    "everything",
+)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIATED)
@@ -99,8 +116,179 @@ def test_case_differentiated_by_jax(name):
     cases.check(inputs, **differentiated(inputs))
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES <= 100)
-@given(any_case())
-def test_any_case(case):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", ["grouped heads", "everything"])
+def test_case_in_another_dtype(name, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        inputs = dataclasses.replace(cases.CASES[name], dtype=dtype, bias_dtype=dtype).inputs()
+        for results in (pair(inputs), differentiated(inputs)):
+            cases.check(inputs, **results)
+            dtypes = {"lse": "float64" if dtype == "float64" else "float32", "dsinks": "float32"}
+            assert {name: str(x.dtype) for name, x in results.items()} == {n: dtypes.get(n, dtype) for n in results}
+
+
+def test_any_case():
+    """Prints its summary (pytest -s)."""
+    largest: dict[str, np.ndarray] = {}
+
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(any_case())
+    def holds(case):
+        inputs = case.inputs()
+        errors = cases.check(inputs, **pair(inputs))
+        errors |= {f"{name}, by JAX": error for name, error in cases.check(inputs, **differentiated(inputs)).items()}
+        for name, error in errors.items():
+            largest[name] = np.maximum(largest.get(name, np.zeros(2)), error)
+
+    holds()
+    print(f"\n{EXAMPLES} calls: largest error, largest error of plain float32 attention")
+    for name, (error, plain) in largest.items():
+        print(f"{name:15} {error:.2e} {plain:.2e}")
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x, dx: jax.jvp(f, (x,), (dx,))[1],
+        lambda f, x, dx: jax.jvp(jax.grad(f), (x,), (dx,))[1],
+        lambda f, x, dx: jax.grad(lambda x: jax.jvp(f, (x,), (dx,))[1])(x),
+        lambda f, x, dx: jax.grad(lambda x: jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, jax.grad(f)(x), dx)))(x),
+        lambda f, x, dx: jax.jvp(lambda x: jax.jvp(jax.grad(f), (x,), (dx,))[1], (x,), (dx,))[1],
+    ],
+    ids=["forward", "forward over reverse", "reverse over forward", "reverse over reverse", "third order"],
+)
+def test_derivatives_of_any_order_and_mode(transform):
+    spec = AttentionSpec(0.5, causal=True, softcap=3.0)
+    rng = np.random.default_rng(0)
+    shapes = {"q": (2, 70, 2, 3), "k": (2, 90, 1, 3), "v": (2, 90, 1, 2), "bias": (1, 2, 1, 90), "sinks": (2,)}
+    lengths = np.array([60, 90], np.int32)
+
+    def tiled(x):
+        operands = Operands(bias=x["bias"], sinks=x["sinks"], kv_lengths=lengths)
+        out, lse = xla.attention(spec, x["q"], x["k"], x["v"], operands)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+    def plain(x):
+        s = 3 * jnp.tanh(0.5 / 3 * jnp.einsum("btnh,bskh->bnts", x["q"], x["k"])) + x["bias"]
+        visible = np.tri(70, 90, dtype=bool) & (np.arange(90) < lengths[:, None, None, None])
+        s = jnp.where(visible, s, -1e30)
+        sinks = jnp.broadcast_to(x["sinks"].reshape(1, 2, 1, 1), (*s.shape[:-1], 1))
+        lse = jax.nn.logsumexp(jnp.concatenate([s, sinks], axis=-1), axis=-1)
+        out = jnp.einsum("bnts,bskh->btnh", jnp.exp(s - lse[..., None]), x["v"])
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+    with jax.enable_x64(True):
+        x, dx = ({name: rng.standard_normal(shape) for name, shape in shapes.items()} for _ in range(2))
+        got = compiled(functools.partial(transform, tiled), x, dx)
+        want = compiled(functools.partial(transform, plain), x, dx)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), got, want)
+
+
+def everything() -> cases.Inputs:
+    """Every feature at once, in a call without empty rows."""
+    case = dataclasses.replace(cases.CASES["everything"], q_len=70, kv_len=90, window=(90, 90))
     inputs = case.inputs()
-    cases.check(inputs, **pair(inputs))
+    operands = inputs.operands._replace(
+        q_offset=np.array([0, 20], np.int32),
+        q_segment_ids=np.zeros((2, 70), np.int32),
+        kv_segment_ids=np.zeros((2, 90), np.int32),
+        q_lengths=np.full((2,), 70, np.int32),
+        kv_lengths=np.array([90, 80], np.int32),
+        mask=np.arange(90).reshape(1, 1, 1, 90) % 7 != 3,
+    )
+    finite = (
+        np.nan_to_num(x, posinf=1.0, neginf=-1.0) for x in (inputs.q, inputs.k, inputs.v, inputs.dout, inputs.dlse)
+    )
+    q, k, v, dout, dlse = finite
+    return cases.Inputs(inputs.spec, q, k, v, operands, dout, dlse)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_clean_under_jax_debug_nans_and_infs(compiled):
+    with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit(not compiled):
+        spec, *arrays = everything()
+        q, k, v, operands, dout, dlse = jax.tree.map(jnp.asarray, arrays)
+        out, lse = xla.forward(spec, q, k, v, operands)
+        xla.backward(spec, q, k, v, operands, out, lse, dout, dlse)
+        xla.bias_gradient(spec, q, k, v, operands, out, lse, dout, dlse)
+        jax.vjp(lambda *x: xla.attention(spec, *x, operands), q, k, v)[1]((dout, dlse))
+
+
+def test_memory_grows_with_the_length():
+    x = jax.ShapeDtypeStruct((1, 32768, 1, 64), jnp.float32)
+    spec = AttentionSpec(0.125, causal=True)
+
+    def train(q, k, v, dout):
+        out, lse = xla.forward(spec, q, k, v, Operands())
+        return out, xla.backward(spec, q, k, v, Operands(), out, lse, dout, None)
+
+    def train_by_jax(q, k, v, dout):
+        out, vjp = jax.vjp(lambda *x: xla.attention(spec, *x, Operands())[0], q, k, v)
+        return out, vjp(dout)
+
+    for function in (train, train_by_jax):
+        program = jax.jit(function).lower(x, x, x, x).compile()
+        memory = program.memory_analysis()
+        assert memory.temp_size_in_bytes < 3 * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
+        assert not re.search(r"\[[\d,]*32768,[\d,]*32768", program.as_text())
+
+
+@pytest.mark.parametrize("mapped", [(0, None, None), (None, 1, 1), (2, 0, 1)], ids=str)
+def test_vmap_equals_a_loop(mapped):
+    """The derivative under vmap, with a loop's bounds (key lengths) mapped as well."""
+    rng = np.random.default_rng(0)
+    spec = AttentionSpec(0.5, causal=True)
+    shapes = ((2, 70, 2, 4), (2, 90, 1, 4), (2, 90, 1, 4))
+    arrays = [
+        rng.standard_normal(s if a is None else (*s[:a], 3, *s[a:]), np.float32)
+        for s, a in zip(shapes, mapped, strict=True)
+    ]
+    lengths = np.array([[90, 40], [0, 90], [1, 7]], np.int32)
+
+    def gradients(q, k, v, lengths):
+        operands = Operands(kv_lengths=lengths)
+        out, lse = xla.forward(spec, q, k, v, operands)
+        return out, xla.backward(spec, q, k, v, operands, out, lse, jnp.cos(out), None)
+
+    got = jax.jit(jax.vmap(gradients, (*mapped, 0)))(*arrays, lengths)
+    for n in range(3):
+        one = (x if a is None else np.take(x, n, a) for x, a in zip(arrays, mapped, strict=True))
+        want = jax.jit(gradients)(*one, lengths[n])
+        nth = jax.tree.map(operator.itemgetter(n), got)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), nth, want)
+
+
+def test_shard_map_checks_that_results_vary():
+    """Each device holds its batch entries; keys and values are the same on all, and their gradients are summed."""
+    inputs = everything()
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    spec, q, k, v, operands, dout, dlse = inputs
+    k, v = k[:1], v[:1]
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    specs = Operands(
+        **{
+            n: whole if x.ndim < 1 or x.shape[0] != 2 or n in ("sinks", "dropout_head") else split
+            for n, x in operands.present().items()
+        }
+    )
+
+    def local(q, k, v, operands, dout, dlse):
+        out, lse = xla.forward(spec, q, k, v, operands)
+        dq, dk, dv = xla.backward(spec, q, k, v, operands, out, lse, dout, dlse)
+        return out, lse, dq, dk, dv
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(split, whole, whole, specs, split, split), out_specs=split, check_vma=True
+    )
+    results = jax.jit(sharded)(q, k, v, operands, dout, dlse)
+    cases.check(inputs._replace(k=k, v=v), **dict(zip(("out", "lse", "dq", "dk", "dv"), results, strict=True)))
+
+    def by_jax(q, k, v, operands, dout, dlse):
+        value, vjp = jax.vjp(lambda q, k, v: xla.attention(spec, q, k, v, operands), q, k, v)
+        return *value, *vjp((dout, dlse))
+
+    out_specs = (split, split, split, whole, whole)
+    sharded = jax.shard_map(by_jax, mesh=mesh, in_specs=(split, whole, whole, specs, split, split), out_specs=out_specs)
+    by_jax_results = jax.jit(sharded)(q, k, v, operands, dout, dlse)
+    for got, want in zip(by_jax_results[3:], results[3:], strict=True):
+        np.testing.assert_allclose(got, np.sum(want, 0, keepdims=True), rtol=1e-5, atol=1e-5)
