@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 
+from jax_flash import flash_attention
 from jax_flash.spec import TRAILING_AXES, WITHOUT_BATCH, AttentionSpec, Operands
 
 FEATURES = ("q_offset", "segment_ids", "q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "sinks", "dlse")
@@ -127,6 +128,23 @@ def public(case: Case, inputs: Inputs) -> tuple[tuple[Any, Any, Any], dict[str, 
     same = ("q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "sinks")
     arrays = tuple(np.broadcast_to(x, case.batch + x.shape[-3:]) for x in (inputs.q, inputs.k, inputs.v))
     return arrays, keywords | {name: getattr(operands, name) for name in same}
+
+
+def public_results(case: Case, inputs: Inputs, **keywords: Any) -> dict[str, jax.Array]:
+    """Results of `flash_attention` and of its derivative, for `check`. `keywords`: further arguments of the call."""
+    arrays, fixed = public(case, inputs)
+    learned = {name: fixed.pop(name) for name in ("bias", "sinks")}
+    learned = {name: x for name, x in learned.items() if x is not None}
+
+    def attend(q, k, v, learned):
+        return flash_attention(q, k, v, return_lse=True, **fixed, **learned, **keywords)
+
+    def run(arrays, learned, dout, dlse):
+        (out, lse), vjp = jax.vjp(attend, *arrays, learned)
+        dq, dk, dv, gradients = vjp((dout, jnp.zeros_like(lse) if dlse is None else dlse))
+        return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv} | {f"d{n}": x for n, x in gradients.items()}
+
+    return jax.jit(run)(arrays, learned, inputs.dout, inputs.dlse)
 
 
 def check(inputs: Inputs, **results: Any) -> dict[str, tuple[float, float]]:

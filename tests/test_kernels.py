@@ -1,0 +1,154 @@
+"""The CUDA kernels against the oracle, over the case table and where sizes are at their limits.
+
+They run whatever kernel the plan chooses; `JAX_FLASH_KERNELS=sm80` restricts it to one family.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flash import flash_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU"),
+]
+
+
+def kernel(*arrays, **keywords):
+    return flash_attention(*arrays, implementation="cuda", **keywords)
+
+
+def check(case: cases.Case, **keywords):
+    inputs = case.inputs()
+    cases.check(inputs, **cases.public_results(case, inputs, implementation="cuda", **keywords))
+
+
+def normal(*shape, seed=0, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def in_16_bits(case: cases.Case, dtype: str) -> cases.Case:
+    return dataclasses.replace(
+        case, dtype=dtype, bias_dtype=dtype if case.bias_dtype == case.dtype else case.bias_dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", cases.CASES)
+def test_case(name, dtype):
+    check(in_16_bits(cases.CASES[name], dtype), deterministic=dtype == "float16")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "head_dim, value_dim",
+    [(8, 8), (64, 64), (72, 72), (96, 96), (104, 104), (128, 128), (192, 192), (192, 128), (256, 256), (40, 256)],
+)
+def test_head_sizes(head_dim, value_dim, causal, deterministic):
+    case = cases.Case(
+        q_len=333,
+        kv_len=401,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        scale=head_dim**-0.5,
+        causal=causal,
+        dtype="bfloat16",
+    )
+    check(case, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("features", [(), ("kv_lengths", "sinks"), ("bias", "segment_ids")], ids=" ".join)
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_few_queries_of_many_keys(q_len, features):
+    """Keys divided over the grid, the heads of a group in one tile."""
+    case = cases.Case(
+        q_len=q_len,
+        kv_len=3000,
+        q_heads=8,
+        kv_heads=2,
+        head_dim=128,
+        value_dim=128,
+        scale=0.1,
+        dtype="bfloat16",
+        features=frozenset(features),
+    )
+    check(case)
+
+
+def test_arrays_shared_by_mapped_calls_equal_copies():
+    q, k, v = normal(3, 2, 70, 4, 64), normal(2, 90, 2, 64, seed=1), normal(3, 2, 90, 2, 64, seed=2)
+    shared = jax.vmap(kernel, in_axes=(0, None, 0))(q, k, v)
+    copies = jax.vmap(kernel)(q, jnp.broadcast_to(k, (3, *k.shape)), v)
+    np.testing.assert_array_equal(shared, copies)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_deterministic_gradients_repeat(grouped):
+    q, k, v = (
+        normal(2, 700, 4, 128),
+        normal(2, 900, 2 if grouped else 4, 128, seed=1),
+        normal(2, 900, 2 if grouped else 4, 128, seed=2),
+    )
+
+    @jax.jit
+    def gradients(q, k, v):
+        return jax.grad(lambda *x: kernel(*x, causal=True, deterministic=True).astype(jnp.float32).sum(), (0, 1, 2))(
+            q, k, v
+        )
+
+    first = jax.tree.map(np.asarray, gradients(q, k, v))
+    for _ in range(50):
+        jax.tree.map(np.testing.assert_array_equal, gradients(q, k, v), first)
+
+
+def test_more_than_2_to_the_31_elements():
+    """Forward and backward of the last batch entries equal those of the same entries alone."""
+    shape = (4200, 64, 64, 128)
+    assert np.prod(shape, dtype=np.int64) > 2**31
+    q, k, v, dout = (normal(*shape, seed=i) for i in range(4))
+
+    @jax.jit
+    def run(q, k, v, dout):
+        out, vjp = jax.vjp(lambda *x: kernel(*x, causal=True, deterministic=True), q, k, v)
+        return out, *vjp(dout)
+
+    last = run(*(x[-2:] for x in (q, k, v, dout)))
+    whole = run(q, k, v, dout)
+    for got, want in zip(whole, last, strict=True):
+        np.testing.assert_array_equal(got[-2:], want)
+
+
+def test_in_a_scan():
+    """Replayed from a CUDA graph where XLA makes one."""
+    q = normal(1, 256, 2, 64)
+
+    def step(x, _):
+        return kernel(x, x, x, causal=True), None
+
+    scanned = jax.jit(lambda x: jax.lax.scan(step, x, length=8)[0])(q)
+    unrolled = q
+    for _ in range(8):
+        unrolled = step(unrolled, None)[0]
+    np.testing.assert_array_equal(scanned, unrolled)
+
+
+def test_from_four_threads():
+    arrays = [normal(1, 128 + 64 * i, 2, 64, seed=i) for i in range(4)]
+    expected = [np.asarray(kernel(x, x, x)) for x in arrays]
+
+    def repeat(x):
+        return [np.asarray(kernel(x, x, x)) for _ in range(20)]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for results, want in zip(pool.map(repeat, arrays), expected, strict=True):
+            for got in results:
+                np.testing.assert_array_equal(got, want)
