@@ -170,10 +170,19 @@ def check(inputs: Inputs, **results: Any) -> dict[str, tuple[float, float]]:
             np.where(finite, plain[name].astype(got.dtype), 0).astype(exact) - np.where(finite, want, 0)
         )
         error, error_plain = off.max(initial=0), off_plain.max(initial=0)
-        allowed = 2 * error_plain + float(jnp.finfo(got.dtype).eps) * sizes[name]
+        allowed = 2 * error_plain + _rounding(name, got.dtype, storage) * sizes[name]
         assert np.all(off <= allowed), f"{name}: off by {error:.3g}, plain attention by {error_plain:.3g}"
         errors[name] = (error, error_plain)
     return errors
+
+
+def _rounding(name: str, dtype: np.dtype, storage: np.dtype) -> float:
+    """Of one term of a result: what kernels on 16-bit arrays may add to the error of plain attention."""
+    if storage.itemsize == 2 and name == "lse":
+        return 2.0**-18  # exponentials and logarithms of the hardware are good to 2 ** -22
+    if storage.itemsize == 2 and name == "dsinks":
+        return float(jnp.finfo(storage).eps)  # made from the rounded output
+    return float(jnp.finfo(dtype).eps)
 
 
 def any_case(
