@@ -5,31 +5,32 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 REPEATS = 20
 
 
-def kernel_ms(call: Callable[[], object], repeats: int = REPEATS) -> float | None:
-    """Median over `repeats` calls of the sum of their kernels' times, by CUPTI; None where JAX offers none."""
+def kernel_ms(call: Callable[..., Any], *operands: Any, repeats: int = REPEATS) -> float | None:
+    """Median over `repeats` of the sum of a jitted call's kernel times, by CUPTI; None where JAX offers none."""
     if jax.default_backend() != "gpu":
         return None
     try:
         from jax.experimental.mosaic.gpu import profiler
     except ImportError:
         return None
-    _, runs = profiler.measure(call, aggregate=True, iterations=repeats)()
+    _, runs = profiler.measure(call, aggregate=True, iterations=repeats)(*operands)
     return statistics.median(runs) if runs else None
 
 
-def wall_ms(call: Callable[[], object], repeats: int = REPEATS, budget_s: float = 2.0) -> float:
+def wall_ms(call: Callable[..., Any], *operands: Any, repeats: int = REPEATS, budget_s: float = 2.0) -> float:
     """Time per call of calls queued one after the other, median of five rounds; fewer calls where they are long."""
 
     def round_s(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
-            out = call()
+            out = call(*operands)
         jax.block_until_ready(out)
         return (time.perf_counter() - start) / calls
 
@@ -37,7 +38,7 @@ def wall_ms(call: Callable[[], object], repeats: int = REPEATS, budget_s: float 
     return statistics.median(round_s(calls) for _ in range(5)) * 1e3
 
 
-def warm_up(call: Callable[[], object], repeats: int = 3) -> None:
+def warm_up(call: Callable[..., Any], *operands: Any, repeats: int = 3) -> None:
     for _ in range(repeats):
-        out = call()
+        out = call(*operands)
     jax.block_until_ready(out)
