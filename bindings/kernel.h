@@ -176,6 +176,7 @@ constexpr unsigned CeilDiv(long long value, long long divisor) {
 }
 
 // The planners, each in kernels/<its name>.cc.
+Planned PlanSm90Forward(const Call& call);
 Planned PlanSm80Forward(const Call& call);
 Planned PlanSm80Backward(const Call& call);
 Planned PlanSm80BiasGradient(const Call& call);

@@ -20,6 +20,7 @@ struct Row {
 
 const std::vector<Row>& Table() {
   static const std::vector<Row> table = {
+      {"sm90", Direction::kForward, 90, 90, PlanSm90Forward},
       {"sm80", Direction::kForward, 80, 129, PlanSm80Forward},
       {"sm90", Direction::kBackward, 90, 90, PlanSm90Backward},
       {"sm80", Direction::kBackward, 80, 129, PlanSm80Backward},

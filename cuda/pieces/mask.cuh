@@ -59,6 +59,13 @@ struct Band {
     return q0 + queries <= q_end && k0 + keys <= kv_end && (!kLeft || q0 + queries - 1 + left <= k0) &&
            (!kRight || k0 + keys - 1 <= q0 + right);
   }
+  // The tiles of `width` keys all of whose pairs with the queries [q0, q0 + queries) are visible (as far as q_end lets
+  // them).
+  constexpr JF_HOST_DEVICE Range interior_tiles(int q0, int queries, int width) const {
+    const int begin = kLeft ? larger(q0 + queries - 1 + left, 0) : 0,
+              end = kRight ? smaller(q0 + 1 + right, kv_end) : kv_end;
+    return {(begin + width - 1) / width, larger(end, 0) / width};
+  }
 };
 
 constexpr JF_HOST_DEVICE int bounded_shift(long long shift) {

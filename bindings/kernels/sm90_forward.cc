@@ -1,0 +1,131 @@
+// Plan and launch of cuda/sm90/forward.cuh.
+#include <algorithm>
+#include <string>
+
+#include "kernels/segments.h"
+#include "sm90/args.h"
+
+namespace jf {
+namespace {
+
+constexpr size_t kSharedLimit = 227 * 1024;
+constexpr long long kSectionBytes = 32ll << 20;  // keys and values that may share the L2
+constexpr int kMultiprocessors = 132;
+
+int RoundUp(int value, int step) { return (value + step - 1) / step * step; }
+
+// Whether something is read for every score: such variants take fewer keys to stay within the registers.
+bool ReadsScores(const Spec& spec) { return spec.bias() || spec.mask; }
+
+bool Masks(const Spec& spec) { return spec.causal || spec.window_left || spec.window_right || spec.segment_ids; }
+
+// Three consumer warpgroups where a row's registers allow it, else two.
+Sm90ForwardTiles ChooseTiles(const Call& call) {
+  const Spec& spec = call.spec;
+  const int head = std::max(spec.head_dim, spec.value_dim);
+  const bool slim = !ReadsScores(spec) && !spec.segment_ids;
+  Sm90ForwardTiles tiles{128, 128, 2, 2, 1, Masks(spec) || spec.q_lengths || spec.kv_lengths, true, 0};
+  if (head <= 64) {
+    if (slim) tiles.rows = 192;
+  } else if (head <= 96) {
+    if (slim) tiles.rows = 192;
+    tiles.keys = slim ? 96 : 112;
+  } else if (head <= 128) {
+    if (spec.segment_ids) tiles.keys = 112;
+  } else {
+    tiles.keys = head <= 192 ? 96 : 80;
+    tiles.q_stages = 1;
+  }
+  if (ReadsScores(spec)) tiles.keys -= 32;
+  return tiles;
+}
+
+size_t SharedBytes(const Spec& spec, const Sm90ForwardTiles& tiles) {
+  const size_t head = RoundUp(spec.head_dim, 64), value = RoundUp(spec.value_dim, 64);
+  constexpr size_t kBarriersAndWork = 1024;
+  return 2 * (tiles.q_stages * tiles.rows * head + tiles.stages * tiles.keys * (head + value)) + kBarriersAndWork;
+}
+
+std::string TilesText(const Sm90ForwardTiles& tiles) {
+  std::string text = "#include \"sm90/args.h\"\nconstexpr jf::Sm90ForwardTiles kTiles{";
+  for (int number : {tiles.rows, tiles.keys, tiles.stages, tiles.q_stages, tiles.packed})
+    text += std::to_string(number) + ", ";
+  return text + (tiles.dynamic ? "true, " : "false, ") + (tiles.ping_pong ? "true, " : "false, ") +
+         std::to_string(tiles.software_exp2) + "};\n";
+}
+
+std::string Reason(const Call& call) {
+  const Spec& spec = call.spec;
+  if (spec.dtype != DType::kF16 && spec.dtype != DType::kBF16) return "wgmma needs float16 or bfloat16";
+  if (spec.head_dim % 8 != 0 || spec.value_dim % 8 != 0) return "TMA needs head sizes that are multiples of 8";
+  if (spec.head_dim > 256 || spec.value_dim > 256) return "head sizes are at most 256";
+  if (call.problem.scale <= 0) return "the running maximum of raw scores needs a positive scale";
+  if (call.kv_splits > 1) return "split keys run on the sm80 kernel";
+  return "";
+}
+
+}  // namespace
+
+Planned PlanSm90Forward(const Call& call) {
+  const Spec& spec = call.spec;
+  const Problem& problem = call.problem;
+  if (const std::string reason = Reason(call); !reason.empty()) return Refusal{reason};
+
+  const Sm90ForwardTiles tiles = ChooseTiles(call);
+  const int q_tiles = CeilDiv(static_cast<long long>(problem.q_len) * tiles.packed, tiles.rows);
+  const int pairs = problem.batch * (problem.q_heads / tiles.packed);
+  const long long all_tiles = static_cast<long long>(q_tiles) * pairs;
+  if (all_tiles * 2 <= kMultiprocessors && problem.kv_len >= 1024) {
+    return Refusal{"few queries and many keys: the keys are better split over the GPU"};
+  }
+  if (all_tiles >= 1 << 30) return Refusal{"there are 2^30 tiles or more"};
+
+  Plan plan{"sm90_forward"};
+  plan.kernels.push_back({"sm90/forward.cuh", "sm90_forward", VariantText(spec, TilesText(tiles)),
+                          128 * (1 + tiles.rows / 64), SharedBytes(spec, tiles)});
+  const size_t counter = tiles.dynamic ? plan.AddScratch(sizeof(int)) : 0;
+  const SegmentPass segments = AddSegmentPass(call, tiles.rows / tiles.packed, tiles.keys, true, false, &plan);
+
+  // Heads that are worked on side by side: under masks, whole groups of as many as have their keys and values in the
+  // L2.
+  int section = 1;
+  if (Masks(spec)) {
+    const int group = problem.q_heads / problem.kv_heads / tiles.packed;
+    const long long bytes = 2ll * problem.kv_len * (spec.head_dim + spec.value_dim);
+    section = static_cast<int>(std::clamp<long long>(kSectionBytes / bytes * group, 1, pairs));
+  }
+  plan.facts = {{"tile", std::to_string(tiles.rows) + " x " + std::to_string(tiles.keys)},
+                {"tiles", std::to_string(all_tiles)},
+                {"schedule", tiles.dynamic ? "drawn from a counter" : "dealt out in advance"}};
+
+  plan.launch = [=](const Launch& launch) {
+    const Problem& problem = launch.call.problem;
+    const Buffers& buffers = launch.buffers;
+    const auto packed = static_cast<uint32_t>(tiles.packed), rows = static_cast<uint32_t>(tiles.rows);
+    const auto map = [&](const void* data, const BatchMap& batch, int length, int heads, int size, uint32_t box_heads,
+                         uint32_t box_rows) {
+      return EncodeTensorMap(HeadsTensor(data, spec.dtype, batch.mod, length, heads, size, {64, box_heads, box_rows, 1},
+                                         Swizzle::k128Bytes));
+    };
+    const auto keys = static_cast<uint32_t>(tiles.keys);
+    Sm90ForwardArgs args{};
+    args.q = map(buffers.q, problem.q_batch, problem.q_len, problem.q_heads, spec.head_dim, packed, rows / packed);
+    args.k = map(buffers.k, problem.k_batch, problem.kv_len, problem.kv_heads, spec.head_dim, 1, keys);
+    args.v = map(buffers.v, problem.v_batch, problem.kv_len, problem.kv_heads, spec.value_dim, 1, keys);
+    args.problem = problem;
+    args.features = launch.features;
+    args.out = buffers.out;
+    args.lse = buffers.lse;
+    args.segments = segments.Run(launch);
+    args.tiles = q_tiles;
+    args.section = section;
+    if (tiles.dynamic) {
+      args.counter = launch.Scratch<int>(counter);
+      launch.Zero(args.counter, sizeof(int));
+    }
+    launch.Run(0, {{static_cast<unsigned>(std::min<long long>(all_tiles, launch.multiprocessors))}}, args);
+  };
+  return plan;
+}
+
+}  // namespace jf

@@ -1,0 +1,32 @@
+// Arguments and tile sizes of the sm90 kernels: plain C++17, included by the host.
+#pragma once
+#include "spec.h"
+#include "support/segments.h"
+#include "tensor_map.h"
+
+namespace jf {
+
+// Tiles of one variant of sm90/forward.cuh: `constexpr jf::Sm90ForwardTiles kTiles{...}` in variant.h.
+struct Sm90ForwardTiles {
+  int rows, keys;     // of a tile of scores; 64 rows a consumer warpgroup
+  int stages;         // of the ring of key and value tiles
+  int q_stages;       // 2: the next tile's queries arrive, and its first scores start, before this tile has ended
+  int packed;         // query heads of a key head whose rows share a tile; 1: each head has its own
+  bool dynamic;       // tiles are drawn from a counter, else dealt out in advance
+  bool ping_pong;     // the warpgroups take turns with the tensor cores
+  int software_exp2;  // of every 16 exponentials
+};
+
+struct Sm90ForwardArgs {
+  TensorMap q, k, v;  // boxes of 64 elements x (packed heads x queries) or keys
+  Problem problem;
+  Features features;
+  void* out;
+  float* lse;
+  SegmentTiles segments;
+  int* counter;  // dynamic: 0 at launch
+  int tiles;     // of one head (or pack of heads) of one batch entry
+  int section;   // heads (or packs) of any batch entry whose tiles are interleaved: their keys and values share the L2
+};
+
+}  // namespace jf

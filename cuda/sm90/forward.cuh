@@ -1,0 +1,523 @@
+// Attention forward on Hopper: out = softmax(logits(Q K^T)) V, lse = log sum exp(logits).
+//
+// Grid: a block for each multiprocessor. It computes one tile after another: kRows query rows of one head (or of a pack
+// of heads that share their keys), over all key tiles that any row sees, from the last to the first. Tiles are numbered
+// in sections of heads whose keys and values share the L2, those with the most keys first; they are drawn from a
+// counter (kTiles.dynamic) or dealt out in advance.
+//
+// Roles: warpgroup 0 has two single threads at work, the others are consumers of 64 rows each.
+//   producer (warp 0)   loads Q, and K and V into rings of kStages, by TMA
+//   scheduler (warp 1)  decides the next tile and which keys it needs
+//   consumer            S = Q K^T (wgmma, both from shared memory), softmax in registers, O += P V (P from registers)
+//
+// Time, in a consumer; the other groups do the same, a turn later, so that products of one run under softmax of
+// another:
+//
+//   products   | S(n-1)  | P(n) V(n)            | S(n-2) | P(n-1) V(n-1) ...
+//   registers            | softmax(n-1) -> P(n-1)        | softmax(n-2)  ...
+//
+// At the end of a tile the last P V is followed by the first S of the next tile (kEarlyStart: its Q is there already,
+// in the second slot of the Q ring), under which the output is normalised and written straight from registers. A group
+// whose rows do not see a key tile that others of the block do see lets it pass (skip).
+//
+//   barrier            arrivals                        waited for by
+//   q_full             producer + bytes                consumers, before the first S of a tile
+//   q_free             each consumer warp, last S      producer
+//   k_full, v_full     producer + bytes                consumers, before S, before P V
+//   k_free, v_free     each consumer warp              producer
+//   work_full          scheduler                       producer, consumers: one for each of two slots
+//   work_free          producer, consumer warps        scheduler
+//   named 1 + group    group (waits), group before     the group's turn to start products
+//   named 1 + kGroups + group                          zero_values of the group
+//
+// Shared memory: struct Shared. 128-byte rows with TMA's 128-byte swizzle: 64 elements of a row of a tile form an atom,
+// atoms of a tile stand one after another. Rows and elements outside the arrays arrive as zeros.
+//
+// Numerics: scores, softmax and sums in fp32, P unnormalised and at most 2^8, rounded to 16 bits, one division at the
+// end. The running maximum is left behind until it grew by more than 2^8 (softmax.cuh): exact, since every P, the sum
+// and O share the factor.
+//
+// Limits: head sizes are multiples of 8, scale > 0 (the running maximum is that of raw scores), at least one key, fewer
+// than 2^30 rows and tiles.
+#include "pieces/dropout.cuh"
+#include "pieces/score.cuh"
+#include "pieces/softmax.cuh"
+#include "sm90/args.h"
+#include "sm90/ptx.cuh"
+
+namespace jf {
+
+constexpr int kRows = kTiles.rows, kKeys = kTiles.keys, kStages = kTiles.stages, kQStages = kTiles.q_stages;
+constexpr int kGroups = kRows / 64;  // consumer warpgroups
+constexpr int kThreads = 128 * (1 + kGroups);
+constexpr int kHeadSteps = (kSpec.head_dim + 15) / 16,
+              kValueSteps = (kSpec.value_dim + 15) / 16;  // of 16: the k of a wgmma
+constexpr int kHeadAtoms = (kSpec.head_dim + 63) / 64,
+              kValueAtoms = (kSpec.value_dim + 63) / 64;  // of 64 elements: 128 bytes
+constexpr int kQBytes = kHeadAtoms * kRows * 128, kKBytes = kHeadAtoms * kKeys * 128,
+              kVBytes = kValueAtoms * kKeys * 128;
+constexpr bool kEarlyStart = kQStages == 2;
+
+// Registers of a thread. The shares add up to what the launch allotted: 65536 / kThreads, in steps of 8.
+constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
+static_assert(kGroups == 2 || kGroups == 3, "two or three consumer warpgroups");
+static_assert(kProducerRegisters + kGroups * kConsumerRegisters == (1 + kGroups) * (65536 / kThreads / 8 * 8));
+static_assert(kKeys % 16 == 0 && kKeys <= 256 && kSpec.value_dim <= 256);
+static_assert(kTiles.packed == 1 ||
+                  (64 % kTiles.packed == 0 && !kSpec.bias() && !kSpec.mask && !kSpec.alibi && !kSpec.dropout),
+              "a pack divides a warpgroup's rows and has no feature that depends on the head");
+
+// One tile of the output: kRows rows of a head (or of a pack of heads: row r is query r / packed of head r % packed).
+struct Work {
+  int row0;  // negative: there is no more work
+  int head, kv_head, batch;
+  Range keys;  // key tiles that any row sees; at least one
+  CallBand band;
+
+  JF_DEVICE bool valid() const { return row0 >= 0; }
+};
+
+struct alignas(1024) Shared {
+  unsigned char q[kQStages][kQBytes];
+  unsigned char k[kStages][kKBytes];
+  unsigned char v[kStages][kVBytes];
+  u64 q_full[kQStages], q_free[kQStages];
+  u64 k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+  u64 work_full[2], work_free[2];
+  Work work[2];
+};
+
+// Place in a ring of kSize slots, and the parity of the phase in which its slot is filled for this use.
+template <int kSize>
+struct Ring {
+  u32 slot = 0, parity = 0;
+  JF_DEVICE void advance() {
+    if (++slot == kSize) slot = 0, parity ^= 1;
+  }
+  JF_DEVICE Ring next() const {
+    Ring ring = *this;
+    ring.advance();
+    return ring;
+  }
+};
+
+// The same value in every lane, said so that the compiler keeps it, and what follows from it, in uniform registers.
+JF_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+JF_DEVICE Range uniform(Range r) { return {uniform(r.begin), uniform(r.end)}; }
+
+JF_DEVICE u32 barrier_of(const u64* barriers, u32 slot) { return shared_address(barriers) + 8 * slot; }
+
+// One arrival a warp; its lanes are together, after a wgmma_wait or a __syncwarp (which, near a wgmma in flight, makes
+// ptxas serialise all of them).
+JF_DEVICE void release(const u64* barriers, u32 slot) {
+  if (lane_id() == 0) barrier_arrive(barrier_of(barriers, slot));
+}
+
+// ---- Scheduler: one thread that decides which tile comes next and what it needs.
+
+JF_DEVICE Work work_of(const Sm90ForwardArgs& args, int index) {
+  const Problem& p = args.problem;
+  const int heads = p.q_heads / kTiles.packed, pairs = heads * p.batch;
+  if (index >= args.tiles * pairs) return {-1};
+  // Sections of heads; inside one the last query tiles, which have the most keys under causal masks, come first.
+  const int per_section = args.section * args.tiles, first_pair = index / per_section * args.section;
+  const int width = min(args.section, pairs - first_pair), in_section = index % per_section;
+  const int pair = first_pair + in_section % width, tile = args.tiles - 1 - in_section / width;
+  Work work;
+  work.row0 = tile * kRows;
+  work.batch = pair / heads;
+  work.head = pair % heads * kTiles.packed;
+  work.kv_head = kSpec.grouped ? work.head / (p.q_heads / p.kv_heads) : work.head;
+  work.band = band_of(p, args.features, work.batch);
+  work.keys = tiles_of(work.band.keys_of(work.row0 / kTiles.packed, kRows / kTiles.packed), kKeys);
+  if constexpr (kSpec.segment_ids) {
+    work.keys = meet(work.keys, args.segments.key_tiles[static_cast<long long>(work.batch) * args.tiles + tile]);
+  }
+  if (work.keys.size() == 0) work.keys = {0, 1};  // all masked: the rows come out as zeros
+  return work;
+}
+
+JF_DEVICE void schedule(const Sm90ForwardArgs& args, Shared& shared) {
+  const int blocks = gridDim.x, block = blockIdx.x;
+  for (int round = 0, index = block;; round++) {
+    const Work work = work_of(args, index);
+    barrier_wait(barrier_of(shared.work_free, round & 1), (round >> 1 & 1) ^ 1);
+    shared.work[round & 1] = work;
+    barrier_arrive(barrier_of(shared.work_full, round & 1));
+    if (!work.valid()) return;
+    if constexpr (kTiles.dynamic) {
+      index = blocks + atomicAdd(args.counter, 1);
+    } else {  // back and forth, so that no block always gets the longest of a round
+      index = (round + 1) * blocks + (round & 1 ? block : blocks - 1 - block);
+    }
+  }
+}
+
+// The scheduler's tile number `round`, good until released.
+JF_DEVICE const Work* wait_work(const Shared& shared, u32 round) {
+  barrier_wait(barrier_of(shared.work_full, round & 1), round >> 1 & 1);
+  return &shared.work[round & 1];
+}
+
+// ---- Producer: one thread that keeps the rings full.
+
+JF_DEVICE void load_atoms(u32 to, const TensorMap& map, u32 barrier, int atoms, int rows, int head, int row,
+                          int batch) {
+  for (int atom = 0; atom < atoms; atom++) tma_load(to + atom * rows * 128, map, barrier, atom * 64, head, row, batch);
+}
+
+JF_DEVICE void produce(const Sm90ForwardArgs& args, Shared& shared) {
+  Ring<kQStages> q_ring;
+  Ring<kStages> ring;
+  for (u32 round = 0;; round++) {
+    const Work work = *wait_work(shared, round);
+    barrier_arrive(barrier_of(shared.work_free, round & 1));
+    if (!work.valid()) return;
+
+    const Problem& p = args.problem;
+    const u32 q_full = barrier_of(shared.q_full, q_ring.slot);
+    barrier_wait(barrier_of(shared.q_free, q_ring.slot), q_ring.parity ^ 1);
+    barrier_arrive_expect(q_full, kQBytes);
+    load_atoms(shared_address(shared.q[q_ring.slot]), args.q, q_full, kHeadAtoms, kRows, work.head,
+               work.row0 / kTiles.packed, p.q_batch(work.batch));
+    q_ring.advance();
+
+    const int k_batch = p.k_batch(work.batch), v_batch = p.v_batch(work.batch);
+    for (int n = work.keys.end - 1; n >= work.keys.begin; n--, ring.advance()) {
+      const u32 k_full = barrier_of(shared.k_full, ring.slot), v_full = barrier_of(shared.v_full, ring.slot);
+      barrier_wait(barrier_of(shared.k_free, ring.slot), ring.parity ^ 1);
+      barrier_arrive_expect(k_full, kKBytes);
+      load_atoms(shared_address(shared.k[ring.slot]), args.k, k_full, kHeadAtoms, kKeys, work.kv_head, n * kKeys,
+                 k_batch);
+      barrier_wait(barrier_of(shared.v_free, ring.slot), ring.parity ^ 1);
+      barrier_arrive_expect(v_full, kVBytes);
+      load_atoms(shared_address(shared.v[ring.slot]), args.v, v_full, kValueAtoms, kKeys, work.kv_head, n * kKeys,
+                 v_batch);
+    }
+  }
+}
+
+// ---- Consumers: a warpgroup computes 64 rows of the tile.
+
+// S = Q K^T, started. q, k, v: descriptors of the first step.
+JF_DEVICE void start_scores(float (&s)[kKeys / 2], u64 q, u64 k) {
+#pragma unroll
+  for (int step = 0; step < kHeadSteps; step++) {
+    wgmma<kSpec.dtype>(s, descriptor_after(q, step / 4 * (kRows * 128) + step % 4 * 32),
+                       descriptor_after(k, step / 4 * (kKeys * 128) + step % 4 * 32), step != 0);
+  }
+  wgmma_commit();
+}
+
+// O (+)= P V, started.
+JF_DEVICE void start_values(float (&o)[kValueSteps * 8], const u32 (&p)[kKeys / 4], u64 v, bool accumulate) {
+#pragma unroll
+  for (int step = 0; step < kKeys / 16; step++) {
+    wgmma<kSpec.dtype, true>(o, p + 4 * step, descriptor_after(v, step * (16 * 128)), accumulate || step != 0);
+  }
+  wgmma_commit();
+}
+
+// Keys past the length may hold NaN, and 0 * NaN would reach the output: their values become zeros. Each warpgroup does
+// it for itself.
+JF_DEVICE void zero_values(u32 v, int from, int group) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  for (int i = thread; i < kValueAtoms * (kKeys - from) * 8; i += 128) {
+    const int row = from + i / 8 % (kKeys - from), atom = i / 8 / (kKeys - from);
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v + (atom * kKeys + row) * 128 + i % 8 * 16), "r"(0)
+                 : "memory");
+  }
+  async_fence();
+  named_sync(1 + kGroups + group, 128);
+}
+
+// 4 x 4 words of the four lanes of a quad: lane q's word i becomes lane i's word q.
+JF_DEVICE void transpose_quad(u32 (&words)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = lane_id() & bit;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & bit) continue;
+      const u32 other = __shfl_xor_sync(~0u, upper ? words[i] : words[i + bit], bit);
+      (upper ? words[i] : words[i + bit]) = other;
+    }
+  }
+}
+
+using Softmax = OnlineSoftmax<true, kTiles.software_exp2>;
+
+// Normalises the rows and writes them, with their lse. Rows at or past the length are zeros with an lse of -inf.
+JF_DEVICE void store(const Sm90ForwardArgs& args, const Work& work, int warp_row, float (&o)[kValueSteps * 8],
+                     Softmax& softmax, float unit) {
+  const Problem& p = args.problem;
+  const int quad = lane_id() % 4;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int row = work.row0 + warp_row + lane_id() / 4 + 8 * r, query = row / kTiles.packed;
+    const int head = work.head + row % kTiles.packed;
+    float lse, factor;
+    if constexpr (kSpec.sinks) {
+      factor = softmax.template finish<true>(r, unit, args.features.sinks[head], lse);
+    } else {
+      factor = softmax.template finish<false>(r, unit, 0.f, lse);
+    }
+    if constexpr (kSpec.dropout) factor *= p.dropout_scale;
+    const bool real = !kSpec.q_lengths || query < work.band.q_end, written = query < p.q_len;
+    if (written && quad == 0) {
+      args.lse[(static_cast<long long>(work.batch) * p.q_heads + head) * p.q_len + query] = real ? lse : -infinity();
+    }
+    const long long place = (static_cast<long long>(work.batch) * p.q_len + query) * p.q_heads + head;
+    char* out = static_cast<char*>(args.out) + place * (2 * kSpec.value_dim) + quad * 16;
+#pragma unroll
+    for (int block = 0; block < 2 * kValueSteps; block += 4) {  // four times 8 columns
+      u32 words[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (block + i >= 2 * kValueSteps) {
+          words[i] = 0;
+          continue;
+        }
+        const float* pair = o + 4 * (block + i) + 2 * r;
+        words[i] = real ? pack<kSpec.dtype>(pair[0] * factor, pair[1] * factor) : 0;
+      }
+      transpose_quad(words);
+      if (written && 8 * (block + quad) < kSpec.value_dim) {
+        *reinterpret_cast<uint4*>(out + block * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+}
+
+JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
+  const int warp_row = group * 64 + static_cast<int>(threadIdx.x) / 32 % 4 * 16;
+  const Problem& problem = args.problem;
+
+  // The warpgroups take turns to start their products: one group's softmax runs under the others' products.
+  const auto wait_turn = [&] {
+    if constexpr (kTiles.ping_pong) named_sync(1 + group, 256);
+  };
+  const auto pass_turn = [&] {
+    if constexpr (kTiles.ping_pong) named_arrive(1 + (group + 1) % kGroups, 256);
+  };
+  if (kTiles.ping_pong && group == kGroups - 1) pass_turn();  // to the first group
+
+  float s[kKeys / 2], o[kValueSteps * 8];
+  u32 p[kKeys / 4];
+  Ring<kStages> ring;
+  Ring<kQStages> q_ring;
+
+  const u64 q0 = descriptor_k_major(shared_address(shared.q[0]) + group * (64 * 128)),
+            k0 = descriptor_k_major(shared_address(shared.k[0])),
+            v0 = descriptor_mn_major(shared_address(shared.v[0]), kKeys * 128);
+  const auto start_scores_of = [&](u32 slot) {
+    start_scores(s, descriptor_after(q0, q_ring.slot * kQBytes), descriptor_after(k0, slot * kKBytes));
+  };
+  const auto start_values_of = [&](u32 slot, bool accumulate) {
+    start_values(o, p, descriptor_after(v0, slot * kVBytes), accumulate);
+  };
+
+  // Key tiles that the rows of this group see; if none, one, whose scores are all masked.
+  const auto keys_of_group = [&](const Work& work) {
+    const Range own = meet(
+        tiles_of(work.band.keys_of((work.row0 + group * 64) / kTiles.packed, 64 / kTiles.packed), kKeys), work.keys);
+    return uniform(own.size() > 0 ? own : Range{work.keys.end - 1, work.keys.end});
+  };
+  // Lets key tiles pass by that only other groups see.
+  const auto skip = [&](int count) {
+    for (; count > 0; count--, ring.advance()) {
+      barrier_wait(barrier_of(shared.k_full, ring.slot), ring.parity);
+      __syncwarp();
+      release(shared.k_free, ring.slot);
+      wait_turn();
+      pass_turn();  // before the wait for V, whose slot may depend on a group that waits for its turn
+      barrier_wait(barrier_of(shared.v_full, ring.slot), ring.parity);
+      __syncwarp();
+      release(shared.v_free, ring.slot);
+    }
+  };
+  const auto start_first_scores = [&](bool valid) {
+    if (valid) {
+      barrier_wait(barrier_of(shared.q_full, q_ring.slot), q_ring.parity);
+      barrier_wait(barrier_of(shared.k_full, ring.slot), ring.parity);
+    }
+    wait_turn();
+    wgmma_fence();
+    start_scores_of(ring.slot);
+    pass_turn();
+  };
+
+  u32 round = 0;
+  const Work* work = wait_work(shared, round);  // there is one: no more blocks than tiles are launched
+  Range keys = keys_of_group(*work);
+  skip(uniform(work->keys.end) - keys.end);
+  start_first_scores(true);
+  wgmma_wait<0>();
+  pin(s);
+  for (bool more = true; more;) {
+    const Score score = score_of(problem, args.features, work->batch, work->head);
+    const Range inside =
+        uniform(work->band.interior_tiles((work->row0 + group * 64) / kTiles.packed, 64 / kTiles.packed, kKeys));
+    Softmax softmax;
+    float rescale[2];
+
+    const auto logits = [&](int n) {  // raw scores of key tile n become logits, -inf where masked
+      Fragment<false> at = warp_fragment<false>(work->row0 + warp_row, n * kKeys);
+      if constexpr (kTiles.packed > 1) at.row[0] /= kTiles.packed, at.row[1] /= kTiles.packed;
+      transform_scores(s, at, score);
+      if constexpr (kSpec.mask) hide_masked(s, at, problem, args.features.mask, work->batch, work->head);
+      if (n < inside.begin || n >= inside.end) {
+        CallBand band = work->band;
+        band.q_end = kFar;  // rows past the end compute like the others and are dropped by the store
+        hide_outside_band(s, at, band);
+      }
+      if constexpr (kSpec.segment_ids) {
+        const SegmentTiles& segments = args.segments;
+        const IdBounds q_ids = segments.q_bounds[static_cast<long long>(work->batch) * args.tiles + work->row0 / kRows];
+        const IdBounds kv_ids =
+            segments.kv_bounds[static_cast<long long>(work->batch) * ceil_div(problem.kv_len, kKeys) + n];
+        if (!q_ids.same_single_id(kv_ids)) {
+          hide_other_segments(s, at, segments_of(problem, args.features, work->band, work->batch));
+        }
+      }
+    };
+    const auto drop = [&](int n) {
+      if constexpr (kSpec.dropout) {
+        const Fragment<false> at = warp_fragment<false>(work->row0 + warp_row, n * kKeys);
+        for_each_kept<kKeys / 2>(dropout_of(problem, args.features, work->batch, work->head), at,
+                                 [&](int i, bool kept) { s[i] = kept ? s[i] : 0.f; });
+      }
+    };
+    const auto round_probabilities = [&] {
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; i++) p[i] = pack<kSpec.dtype>(s[2 * i], s[2 * i + 1]);
+    };
+
+    int n = keys.end - 1;
+    release(shared.k_free, ring.slot);
+    if (n == keys.begin) release(shared.q_free, q_ring.slot);
+    logits(n);
+    softmax.template step<true>(s, rescale, score.unit);
+    drop(n);
+    round_probabilities();
+    if constexpr (kSpec.kv_lengths) {
+      const int kv_end = work->band.kv_end;
+      if ((n + 1) * kKeys > kv_end) {
+        barrier_wait(barrier_of(shared.v_full, ring.slot), ring.parity);
+        zero_values(shared_address(shared.v[ring.slot]), max(kv_end - n * kKeys, 0), group);
+      }
+    }
+
+    bool accumulate = false;
+    while (--n >= keys.begin) {
+      const Ring<kStages> next = ring.next();
+      barrier_wait(barrier_of(shared.v_full, ring.slot), ring.parity);
+      barrier_wait(barrier_of(shared.k_full, next.slot), next.parity);
+      wait_turn();
+      wgmma_fence();
+      start_scores_of(next.slot);
+      start_values_of(ring.slot, accumulate);
+      accumulate = true;
+      pass_turn();
+      wgmma_wait<1>();
+      pin(s);
+      release(shared.k_free, next.slot);
+      if (n == keys.begin) release(shared.q_free, q_ring.slot);
+      logits(n);
+      softmax.template step<false>(s, rescale, score.unit);
+      drop(n);
+      pin(s);
+      if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
+        wgmma_wait<0>();
+        pin(o);
+#pragma unroll
+        for (int i = 0; i < kValueSteps * 8; i++) o[i] *= rescale[fragment_row(i)];
+      }
+      wgmma_wait<0>();
+      pin(o);
+      release(shared.v_free, ring.slot);
+      round_probabilities();
+      ring = next;
+    }
+
+    // The last values of this tile and, with kEarlyStart, the first scores of the next one beside them.
+    barrier_wait(barrier_of(shared.v_full, ring.slot), ring.parity);
+    wgmma_fence();
+    start_values_of(ring.slot, accumulate);
+    const u32 last = ring.slot;
+    ring.advance();
+    q_ring.advance();
+    const Work* next_work = wait_work(shared, ++round);
+    more = uniform(next_work->row0) >= 0;
+    int skipped = keys.begin - uniform(work->keys.begin);
+    if (more) {
+      keys = keys_of_group(*next_work);
+      skipped += uniform(next_work->keys.end) - keys.end;
+    }
+    bool held = true;
+    if constexpr (kEarlyStart) {
+      if (skipped >= kStages) {  // the ring cannot move on that far while this group holds its last slot
+        wgmma_wait<0>();
+        release(shared.v_free, last);
+        held = false;
+      }
+      skip(skipped);
+      start_first_scores(more);
+      wgmma_wait<1>();
+    } else {
+      wgmma_wait<0>();
+    }
+    pin(o);
+    if (held) release(shared.v_free, last);
+    store(args, *work, warp_row, o, softmax, score.unit);
+    __syncwarp();
+    release(shared.work_free, (round & 1) ^ 1);
+    if constexpr (!kEarlyStart) {
+      skip(skipped);
+      start_first_scores(more);
+    }
+    wgmma_wait<0>();
+    pin(s);
+    work = next_work;
+  }
+  if (kTiles.ping_pong && group == 0) wait_turn();  // the turn that the last group passed
+}
+
+}  // namespace jf
+
+extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
+    sm90_forward(const __grid_constant__ jf::Sm90ForwardArgs args) {
+  using namespace jf;
+  extern __shared__ unsigned char dynamic_shared[];
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+  const int warpgroup = static_cast<int>(threadIdx.x) / 128, warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = 4 * kGroups;
+    for (int i = 0; i < kQStages; i++) {
+      barrier_init(barrier_of(shared.q_full, i), 1);
+      barrier_init(barrier_of(shared.q_free, i), kConsumerWarps);
+    }
+    for (int i = 0; i < kStages; i++) {
+      barrier_init(barrier_of(shared.k_full, i), 1);
+      barrier_init(barrier_of(shared.v_full, i), 1);
+      barrier_init(barrier_of(shared.k_free, i), kConsumerWarps);
+      barrier_init(barrier_of(shared.v_free, i), kConsumerWarps);
+    }
+    for (int i = 0; i < 2; i++) {
+      barrier_init(barrier_of(shared.work_full, i), 1);
+      barrier_init(barrier_of(shared.work_free, i), kConsumerWarps + 1);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    registers_release<kProducerRegisters>();
+    if (lane_id() == 0) {
+      if (warp == 0) produce(args, shared);
+      if (warp == 1) schedule(args, shared);
+    }
+  } else {
+    registers_acquire<kConsumerRegisters>();
+    consume(args, shared, uniform(warpgroup) - 1);
+  }
+}
