@@ -1,4 +1,5 @@
-// Plan and launch of cuda/sm90/backward.cuh and of the kernels around it, support/delta.cuh and support/dq.cuh.
+// Plan and launch of cuda/sm90/backward.cuh, backward_wide.cuh and of the kernels around it, support/delta.cuh and
+// support/dq.cuh.
 #include <algorithm>
 #include <string>
 
@@ -10,18 +11,8 @@
 namespace jf {
 namespace {
 
-constexpr int kKeys = 128, kStages = 2;
 constexpr int kThreads = 384, kSupportThreads = 256, kSupportRows = 64;
 constexpr int kMultiprocessors = 132;  // of the largest Hopper GPU: as many blocks run at a time
-
-int Atoms(int size) { return (Sm90BackwardTileSize(size) + 63) / 64; }
-
-size_t SharedBytes(const Spec& spec, const Sm90BackwardTiles& tiles) {
-  const size_t row = 128 * (Atoms(spec.head_dim) + Atoms(spec.value_dim));
-  const size_t ring = kStages * (row + 2 * sizeof(float)) * tiles.queries;
-  const size_t ds = 2 * tiles.queries / 64 * kKeys * 128, barriers = 8 * (2 * tiles.kv_stages + 4 * kStages);
-  return (tiles.kv_stages * kKeys * row + ring + ds + barriers + 1023) / 1024 * 1024;
-}
 
 // Whether scores need registers beside those of the plain products.
 bool HasScoreFeatures(const Spec& spec) {
@@ -40,13 +31,27 @@ bool BlocksOwnDq(const Call& call, int queries) {
   const long long rounds = CeilDiv(pairs, kMultiprocessors);
   const long long rows =
       static_cast<long long>(CeilDiv(problem.q_len, queries)) * queries * problem.q_heads / problem.kv_heads;
-  const long long bytes = rows * Sm90BackwardTileSize(spec.head_dim) * sizeof(float) * kMultiprocessors;
+  const long long bytes = rows * Sm90BackwardTileSize(spec, spec.head_dim) * sizeof(float) * kMultiprocessors;
   return pairs * 10 >= rounds * kMultiprocessors * 9 && bytes <= 20ll << 20;
 }
 
+Sm90BackwardTiles ChooseTiles(const Call& call) {
+  const Spec& spec = call.spec;
+  if (Sm90BackwardIsWide(spec)) return {64, 80, 1, 2, 1, false};
+  const bool small = spec.head_dim <= 64 && spec.value_dim <= 64 && !HasScoreFeatures(spec);
+  Sm90BackwardTiles tiles{small ? 128 : 64, 128, 1, 2, 2, false};
+  tiles.own_dq = small && BlocksOwnDq(call, tiles.queries);
+  if (tiles.own_dq) tiles.kv_stages = 2;
+  return tiles;
+}
+
 std::string TilesText(const Sm90BackwardTiles& tiles) {
-  return "#include \"sm90/backward_args.h\"\nconstexpr jf::Sm90BackwardTiles kTiles{" + std::to_string(tiles.queries) +
-         ", " + std::to_string(tiles.kv_stages) + ", " + (tiles.own_dq ? "true" : "false") + "};\n";
+  std::string fields;
+  for (int field : {tiles.queries, tiles.keys, tiles.kv_stages, tiles.q_stages, tiles.dout_stages}) {
+    fields += std::to_string(field) + ", ";
+  }
+  fields += tiles.own_dq ? "true" : "false";
+  return "#include \"sm90/backward_args.h\"\nconstexpr jf::Sm90BackwardTiles kTiles{" + fields + "};\n";
 }
 
 }  // namespace
@@ -57,22 +62,21 @@ Planned PlanSm90Backward(const Call& call) {
   if (spec.dtype != DType::kF16 && spec.dtype != DType::kBF16)
     return Refusal{"the sm90 backward takes float16 and bfloat16"};
   for (int size : {spec.head_dim, spec.value_dim}) {
-    if (size % 8 != 0 || size > 128) return Refusal{"the sm90 backward has no head size " + std::to_string(size)};
+    if (size % 8 != 0 || size > 256) return Refusal{"the sm90 backward has no head size " + std::to_string(size)};
   }
 
-  const int head_tile = Sm90BackwardTileSize(spec.head_dim);
-  Sm90BackwardTiles tiles{head_tile == 64 && spec.value_dim <= 64 && !HasScoreFeatures(spec) ? 128 : 64, 1, false};
-  tiles.own_dq = head_tile == 64 && tiles.queries == 128 && BlocksOwnDq(call, tiles.queries);
-  if (tiles.own_dq) tiles.kv_stages = 2;
+  const int head_tile = Sm90BackwardTileSize(spec, spec.head_dim);
+  const bool wide = Sm90BackwardIsWide(spec);
+  const Sm90BackwardTiles tiles = ChooseTiles(call);
   if (spec.deterministic && !tiles.own_dq) return Refusal{"the sm90 backward has no deterministic variant"};
 
   Plan plan{"sm90_backward"};
-  const int key_tiles = CeilDiv(problem.kv_len, kKeys), q_tiles = CeilDiv(problem.q_len, tiles.queries);
+  const int key_tiles = CeilDiv(problem.kv_len, tiles.keys), q_tiles = CeilDiv(problem.q_len, tiles.queries);
   const int padded_len = q_tiles * tiles.queries, row_blocks = padded_len / kSupportRows,
             group = problem.q_heads / problem.kv_heads;
   const long long pairs = static_cast<long long>(problem.batch) * problem.kv_heads;
 
-  const SegmentPass segments = AddSegmentPass(call, tiles.queries, kKeys, false, true, &plan);
+  const SegmentPass segments = AddSegmentPass(call, tiles.queries, tiles.keys, false, true, &plan);
   const size_t first = plan.kernels.size();
   Spec delta_spec{};
   delta_spec.dtype = spec.dtype;
@@ -80,8 +84,9 @@ Planned PlanSm90Backward(const Call& call) {
   delta_spec.q_lengths = spec.q_lengths;
   delta_spec.lse_cotangent = spec.lse_cotangent;
   plan.kernels.push_back({"support/delta.cuh", "delta", VariantText(delta_spec, ""), kSupportThreads, 0});
-  plan.kernels.push_back(
-      {"sm90/backward.cuh", "sm90_backward", VariantText(spec, TilesText(tiles)), kThreads, SharedBytes(spec, tiles)});
+  plan.kernels.push_back({wide ? "sm90/backward_wide.cuh" : "sm90/backward.cuh",
+                          wide ? "sm90_backward_wide" : "sm90_backward", VariantText(spec, TilesText(tiles)), kThreads,
+                          static_cast<size_t>(Sm90BackwardSharedBytes(spec, tiles))});
   if (!tiles.own_dq) {
     Spec dq_spec{};
     dq_spec.dtype = spec.dtype;
@@ -99,7 +104,7 @@ Planned PlanSm90Backward(const Call& call) {
   const long long bytes = 8LL * problem.q_len * group * head_tile;
   const int section = static_cast<int>(std::clamp((24LL << 20) / bytes, 1LL, pairs));
   const unsigned blocks = tiles.own_dq ? std::min<long long>(kMultiprocessors, pairs) : pairs * key_tiles;
-  plan.facts = {{"tile", std::to_string(tiles.queries) + " x " + std::to_string(kKeys)},
+  plan.facts = {{"tile", std::to_string(tiles.queries) + " x " + std::to_string(tiles.keys)},
                 {"blocks", std::to_string(blocks)},
                 {"dq", tiles.own_dq ? "one block per batch entry and key head" : "added up in float32"}};
 
@@ -112,22 +117,22 @@ Planned PlanSm90Backward(const Call& call) {
       return EncodeTensorMap(
           HeadsTensor(data, dtype, batch, length, heads, size, {64, 1, box_rows, 1}, Swizzle::k128Bytes));
     };
-    const unsigned queries = tiles.queries;
+    const unsigned queries = tiles.queries, keys = tiles.keys, out_keys = wide ? keys : 64;
     const SegmentTiles segment_tiles = segments.Run(launch);
     launch.Run(first, {support_grid},
                DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
                          launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len,
                          tiles.own_dq ? nullptr : launch.Scratch<float>(dq_sums), head_tile});
-    launch.Run(
-        first + 1, {{blocks}, {}, true},
-        Sm90BackwardArgs{map(buffers.q, problem.q_batch.mod, problem.q_len, problem.q_heads, spec.head_dim, queries),
-                         map(buffers.dout, problem.batch, problem.q_len, problem.q_heads, spec.value_dim, queries),
-                         map(buffers.k, problem.k_batch.mod, problem.kv_len, problem.kv_heads, spec.head_dim, kKeys),
-                         map(buffers.v, problem.v_batch.mod, problem.kv_len, problem.kv_heads, spec.value_dim, kKeys),
-                         map(buffers.dk, problem.batch, problem.kv_len, problem.kv_heads, spec.head_dim, 64),
-                         map(buffers.dv, problem.batch, problem.kv_len, problem.kv_heads, spec.value_dim, 64), problem,
-                         launch.features, segment_tiles, launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta),
-                         launch.Scratch<float>(dq_sums), buffers.dq, key_tiles, q_tiles, section});
+    launch.Run(first + 1, {{blocks}, {}, true},
+               Sm90BackwardArgs{
+                   map(buffers.q, problem.q_batch.mod, problem.q_len, problem.q_heads, spec.head_dim, queries),
+                   map(buffers.dout, problem.batch, problem.q_len, problem.q_heads, spec.value_dim, queries),
+                   map(buffers.k, problem.k_batch.mod, problem.kv_len, problem.kv_heads, spec.head_dim, keys),
+                   map(buffers.v, problem.v_batch.mod, problem.kv_len, problem.kv_heads, spec.value_dim, keys),
+                   map(buffers.dk, problem.batch, problem.kv_len, problem.kv_heads, spec.head_dim, out_keys),
+                   map(buffers.dv, problem.batch, problem.kv_len, problem.kv_heads, spec.value_dim, out_keys), problem,
+                   launch.features, segment_tiles, launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta),
+                   launch.Scratch<float>(dq_sums), buffers.dq, key_tiles, q_tiles, section});
     if (!tiles.own_dq) {
       launch.Run(first + 2, {support_grid, {}, true},
                  DqArgs{launch.Scratch<float>(dq_sums), buffers.dq, problem.q_len, problem.q_heads, padded_len,

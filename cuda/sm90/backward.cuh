@@ -35,22 +35,13 @@
 // Numerics: fp32 throughout but for P and dS, rounded to the operands' type. Rows that see nothing come with lse_log2 =
 // +inf and give p = 0. What lies past a length may be NaN: it is cleared in shared memory. Limits: float16 and
 // bfloat16, head sizes multiples of 8 up to 128.
-#include "pieces/dependency.cuh"
-#include "pieces/dropout.cuh"
-#include "pieces/score.cuh"
-#include "sm90/backward_args.h"
-#include "sm90/ptx.cuh"
+#include "sm90/backward_common.cuh"
 
 namespace jf {
 
-constexpr int kQueries = kTiles.queries, kKeys = 128, kStages = 2, kKvStages = kTiles.kv_stages;
-constexpr int kHead = Sm90BackwardTileSize(kSpec.head_dim), kValue = Sm90BackwardTileSize(kSpec.value_dim);
-constexpr int kHeadAtoms = (kHead + 63) / 64, kValueAtoms = (kValue + 63) / 64;  // of 64 elements: 128 bytes a row
 constexpr int kScores = kQueries / 2;  // accumulator registers of a thread: S^T and dP^T, 64 keys x queries
-constexpr int kDqBlocks = kQueries / 64 * (kHead / 8);  // of 64 queries x 8 elements
-constexpr bool kOwnDq = kTiles.own_dq;
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-static_assert(kProducerRegisters + 2 * kConsumerRegisters == 3 * (65536 / 384 / 8 * 8));
+constexpr int kStages = kQStages;
+static_assert(kKeys == 128 && kQStages == kDoutStages && kHead <= 128 && kValue <= 128);
 
 // A warpgroup's share of dQ = dS K is 64 queries x 64 elements: half of the queries, of the elements, or (if there are
 // just so many of both) of the keys.
@@ -59,124 +50,10 @@ constexpr bool kSplitQueries = kQueries == 128, kSplitElements = kHead > 64,
 constexpr int kDqKeys = kSplitKeys ? 64 : kKeys;
 static_assert((kQueries == 64 || kQueries == 128) && !(kSplitQueries && kSplitElements) && !(kOwnDq && kSplitKeys));
 
-struct alignas(1024) Shared {
-  unsigned char k[kKvStages][kHeadAtoms * kKeys * 128];
-  unsigned char v[kKvStages][kValueAtoms * kKeys * 128];
-  unsigned char q[kStages][kHeadAtoms * kQueries * 128];
-  unsigned char dout[kStages][kValueAtoms * kQueries * 128];
-  unsigned char ds[2][kQueries / 64][kKeys * 128];  // dS^T: rows are keys
-  float lse_log2[kStages][kQueries], delta[kStages][kQueries];
-  u64 kv_full[kKvStages], kv_free[kKvStages];
-  u64 q_full[kStages], q_free[kStages], dout_full[kStages], dout_free[kStages];
+struct Shared : Rings {
+  alignas(1024) unsigned char ds[2][kQueries / 64][kKeys * 128];  // dS^T: rows are keys
 };
-enum NamedBarrier { kAllConsumers = 1, kWarpgroup = 2 };  // kWarpgroup + g
-
-// An operand that lies `bytes` on from the one described.
-JF_DEVICE u64 advance(u64 descriptor, u32 bytes) {
-  return (descriptor & 0xffffffff00000000ull) | (static_cast<u32>(descriptor) + (bytes >> 4));
-}
-
-JF_DEVICE u32 barrier_of(const u64* barriers, u32 slot) { return shared_address(barriers) + 8 * slot; }
-
-// Place in a ring of kSize slots; parity of the phase that fills the slot for this use.
-template <int kSize>
-struct Ring {
-  u32 slot = 0, parity = 0;
-  JF_DEVICE void advance() {
-    if (++slot == kSize) slot = 0, parity ^= 1;
-  }
-};
-
-// ---- Order of the work
-
-// 128 keys of one key head of one batch entry, and the query tiles that see any of them.
-struct KeyTile {
-  int batch, kv_head, index;
-  CallBand band;
-  Range query_tiles;
-};
-
-JF_DEVICE KeyTile key_tile_of(const Sm90BackwardArgs& args, int pair, int index) {
-  KeyTile tile;
-  tile.batch = pair / args.problem.kv_heads;
-  tile.kv_head = pair % args.problem.kv_heads;
-  tile.index = index;
-  tile.band = band_of(args.problem, args.features, tile.batch);
-  tile.query_tiles = tiles_of(tile.band.queries_of(index * kKeys, kKeys), kQueries);
-  if constexpr (kSpec.segment_ids) {
-    tile.query_tiles = meet(tile.query_tiles, args.segments.query_tiles[tile.batch * args.key_tiles + index]);
-  }
-  return tile;
-}
-
-template <class Visit>
-JF_DEVICE void for_each_key_tile(const Sm90BackwardArgs& args, Visit visit) {
-  const int pairs = args.problem.batch * args.problem.kv_heads, block = blockIdx.x;
-  if constexpr (kOwnDq) {
-    for (int pair = block; pair < pairs; pair += gridDim.x) {
-      for (int index = 0; index < args.key_tiles; index++) visit(key_tile_of(args, pair, index));
-    }
-  } else {  // sections of pairs; inside one the first keys, which causal attention shows to most queries, come first
-    const int first = block / (args.section * args.key_tiles) * args.section, width = min(args.section, pairs - first);
-    const int rest = block - first * args.key_tiles;
-    visit(key_tile_of(args, first + rest % width, rest / width));
-  }
-}
-
-template <class Visit>
-JF_DEVICE void for_each_step(const Sm90BackwardArgs& args, const KeyTile& tile, Visit visit) {
-  const int group = kSpec.grouped ? args.problem.q_heads / args.problem.kv_heads : 1;
-  for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; head++) {
-    for (int m = tile.query_tiles.begin; m < tile.query_tiles.end; m++) visit(head, m);
-  }
-}
-
-// ---- Producer: one thread
-
-JF_DEVICE void load_tile(u32 to, const TensorMap& map, u32 barrier, int atoms, int rows, int head, int row, int batch) {
-  for (int atom = 0; atom < atoms; atom++) tma_load(to + atom * rows * 128, map, barrier, atom * 64, head, row, batch);
-}
-
-JF_DEVICE void produce(const Sm90BackwardArgs& args, Shared& shared) {
-  const Problem& p = args.problem;
-  Ring<kKvStages> kv;
-  Ring<kStages> ring;
-  for_each_key_tile(args, [&](const KeyTile& tile) {
-    const u32 kv_full = barrier_of(shared.kv_full, kv.slot);
-    barrier_wait(barrier_of(shared.kv_free, kv.slot), kv.parity ^ 1);
-    barrier_arrive_expect(kv_full, sizeof shared.k[0] + sizeof shared.v[0]);
-    load_tile(shared_address(shared.k[kv.slot]), args.k, kv_full, kHeadAtoms, kKeys, tile.kv_head, tile.index * kKeys,
-              p.k_batch(tile.batch));
-    load_tile(shared_address(shared.v[kv.slot]), args.v, kv_full, kValueAtoms, kKeys, tile.kv_head, tile.index * kKeys,
-              p.v_batch(tile.batch));
-    kv.advance();
-    for_each_step(args, tile, [&](int head, int m) {
-      const long long row = ((static_cast<long long>(tile.batch) * p.q_heads + head) * args.q_tiles + m) * kQueries;
-      const u32 q_full = barrier_of(shared.q_full, ring.slot), dout_full = barrier_of(shared.dout_full, ring.slot);
-      barrier_wait(barrier_of(shared.q_free, ring.slot), ring.parity ^ 1);
-      barrier_arrive_expect(q_full, sizeof shared.q[0] + sizeof shared.lse_log2[0]);
-      load_tile(shared_address(shared.q[ring.slot]), args.q, q_full, kHeadAtoms, kQueries, head, m * kQueries,
-                p.q_batch(tile.batch));
-      bulk_load(shared_address(shared.lse_log2[ring.slot]), args.lse_log2 + row, sizeof shared.lse_log2[0], q_full);
-      barrier_wait(barrier_of(shared.dout_free, ring.slot), ring.parity ^ 1);
-      barrier_arrive_expect(dout_full, sizeof shared.dout[0] + sizeof shared.delta[0]);
-      load_tile(shared_address(shared.dout[ring.slot]), args.dout, dout_full, kValueAtoms, kQueries, head, m * kQueries,
-                tile.batch);
-      bulk_load(shared_address(shared.delta[ring.slot]), args.delta + row, sizeof shared.delta[0], dout_full);
-      ring.advance();
-    });
-  });
-}
-
-// ---- Consumers: two warpgroups of 64 keys each
-
-// Zeroes rows [first, rows) of a tile, if there are any: they hold what lies past a length, and 0 * NaN is NaN.
-template <int kRows, int kAtoms>
-JF_DEVICE void clear_rows(unsigned char (&tile)[kAtoms * kRows * 128], int first) {
-  for (int i = threadIdx.x - 128; i < kAtoms * kRows * 8; i += 256) {
-    if (i / 8 % kRows >= first) reinterpret_cast<uint4*>(tile)[i] = uint4{0, 0, 0, 0};
-  }
-}
+static_assert(sizeof(Shared) == Sm90BackwardSharedBytes(kSpec, kTiles));
 
 // A 64 x N accumulator to rows [row0, row0 + 64) of a tile in shared memory.
 template <int N>
@@ -189,52 +66,6 @@ JF_DEVICE void store_accumulator(u32 tile, int atom_bytes, int row0, const float
         tile + i / 32 * atom_bytes + swizzled_offset(row, chunk), pack<kSpec.dtype>(x[i] * scale, x[i + 1] * scale),
         pack<kSpec.dtype>(x[i + 2] * scale, x[i + 3] * scale), pack<kSpec.dtype>(x[i + 4] * scale, x[i + 5] * scale),
         pack<kSpec.dtype>(x[i + 6] * scale, x[i + 7] * scale));
-  }
-}
-
-// Adds a warpgroup's 64 queries x 64 elements of dq to those of the earlier key tiles; see support/dq.cuh for the
-// order.
-struct DqSum {
-  float* part;       // of this thread in the query tile's accumulators
-  int blocks;        // of 8 elements
-  bool first, last;  // own_dq: of the key tiles that add to this query tile
-
-  JF_DEVICE void load_earlier(float (&earlier)[32]) const {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const float4 x = first || i >= blocks ? float4{} : __ldcg(reinterpret_cast<const float4*>(part + i * 512));
-      earlier[4 * i] = x.x, earlier[4 * i + 1] = x.y, earlier[4 * i + 2] = x.z, earlier[4 * i + 3] = x.w;
-    }
-  }
-  JF_DEVICE void add(const float (&dq)[32]) const {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      if (kHead == 96 && i >= blocks) break;
-      const float4 x{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]};
-      if (kOwnDq && first) {
-        __stcg(reinterpret_cast<float4*>(part + i * 512), x);
-      } else {
-        global_add(part + i * 512, x);
-      }
-    }
-  }
-};
-
-JF_DEVICE void store_dq(const Sm90BackwardArgs& args, const float (&dq)[32], const KeyTile& tile, int head, int row,
-                        int column) {
-  const Problem& p = args.problem;
-  u32* out = static_cast<u32*>(args.dq);
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    if (row + 8 * half >= p.q_len) break;
-    const long long base =
-        ((static_cast<long long>(tile.batch) * p.q_len + row + 8 * half) * p.q_heads + head) * kSpec.head_dim;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      if (column + 8 * i >= kSpec.head_dim) break;
-      out[(base + column + 8 * i) / 2] =
-          pack<kSpec.dtype>(dq[4 * i + 2 * half] * p.scale, dq[4 * i + 2 * half + 1] * p.scale);
-    }
   }
 }
 
@@ -307,15 +138,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       const Fragment<true> at = warp_fragment<true>(key0 + g * 64 + warp * 16, query0);
       const Score score = score_of(p, args.features, tile.batch, head);
       float derivative[kSpec.softcap ? kScores : 1];
-      transform_scores<kSpec.softcap>(s, derivative, at, score);
-      if (!tile.band.interior(query0, kQueries, key0, kKeys)) hide_outside_band(s, at, tile.band);
-      if constexpr (kSpec.segment_ids) {
-        if (!args.segments.q_bounds[tile.batch * args.q_tiles + m].same_single_id(
-                args.segments.kv_bounds[tile.batch * args.key_tiles + tile.index])) {
-          hide_other_segments(s, at, segments_of(p, args.features, tile.band, tile.batch));
-        }
-      }
-      if constexpr (kSpec.mask) hide_masked(s, at, p, args.features.mask, tile.batch, head);
+      make_logits(s, derivative, at, args, tile, head, m, score);
 #pragma unroll
       for (int i = 0; i < kScores; i += 4) {
         const float2 lse_log2 =
@@ -433,19 +256,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) sm90_backward(const __grid_
   using namespace jf;
   extern __shared__ unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kKvStages; i++) {
-      barrier_init(barrier_of(shared.kv_full, i), 1);
-      barrier_init(barrier_of(shared.kv_free, i), 2);
-    }
-    for (int i = 0; i < kStages; i++) {
-      barrier_init(barrier_of(shared.q_full, i), 1);
-      barrier_init(barrier_of(shared.q_free, i), 2);
-      barrier_init(barrier_of(shared.dout_full, i), 1);
-      barrier_init(barrier_of(shared.dout_free, i), 2);
-    }
-    barrier_init_fence();
-  }
+  if (threadIdx.x == 0) init_rings(shared);
   __syncthreads();
   dependency_wait();  // lse_log2, delta and the cleared dq_sums come from the kernel ahead
   if (threadIdx.x < 128) {

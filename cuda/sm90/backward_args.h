@@ -1,4 +1,4 @@
-// Arguments and tile sizes of sm90/backward.cuh: plain C++17, included by the host.
+// Arguments and tile sizes of sm90/backward.cuh and sm90/backward_wide.cuh: plain C++17, included by the host.
 #pragma once
 #include "spec.h"
 #include "support/segments.h"
@@ -8,15 +8,16 @@ namespace jf {
 
 // Tiles of one variant: `constexpr jf::Sm90BackwardTiles kTiles{...}` in variant.h.
 struct Sm90BackwardTiles {
-  int queries;    // of a step
+  int queries, keys;
   int kv_stages;  // 2: the next key tile arrives, and its first step starts, while this one ends
-  bool own_dq;    // a block works through all key tiles of a (batch entry, key head) and so finishes its dq alone
+  int q_stages, dout_stages;
+  bool own_dq;  // a block works through all key tiles of a (batch entry, key head) and so finishes its dq alone
 };
 
 struct Sm90BackwardArgs {
   TensorMap q, dout;  // boxes of 64 elements x kTiles.queries
-  TensorMap k, v;     // boxes of 64 elements x 128 keys
-  TensorMap dk, dv;   // boxes of 64 elements x 64 keys
+  TensorMap k, v;     // boxes of 64 elements x kTiles.keys
+  TensorMap dk, dv;   // boxes of 64 elements x 64 keys; sm90/backward_wide.cuh: x kTiles.keys
   Problem problem;
   Features features;
   SegmentTiles segments;
@@ -28,9 +29,27 @@ struct Sm90BackwardArgs {
   int section;  // (batch entry, key head) pairs whose key tiles are interleaved: what they read shares the L2
 };
 
-// Head sizes as the tiles hold them: zeros fill the rest.
-constexpr JF_HOST_DEVICE int Sm90BackwardTileSize(int head_size) {
+// Head sizes above 128, of q and k or of v, take sm90/backward_wide.cuh.
+constexpr JF_HOST_DEVICE bool Sm90BackwardIsWide(const Spec& spec) {
+  return spec.head_dim > 128 || spec.value_dim > 128;
+}
+
+// A head size as the tiles hold it: zeros fill the rest.
+constexpr JF_HOST_DEVICE int Sm90BackwardTileSize(const Spec& spec, int head_size) {
+  if (Sm90BackwardIsWide(spec)) return head_size <= 128 ? 128 : 256;
   return head_size <= 64 ? 64 : head_size <= 96 ? 96 : 128;
+}
+
+// Dynamic shared memory of a block: struct Shared of the kernel.
+constexpr JF_HOST_DEVICE int Sm90BackwardSharedBytes(const Spec& spec, const Sm90BackwardTiles& tiles) {
+  const int head_row = (Sm90BackwardTileSize(spec, spec.head_dim) + 63) / 64 * 128;
+  const int value_row = (Sm90BackwardTileSize(spec, spec.value_dim) + 63) / 64 * 128;
+  const int keys = tiles.kv_stages * tiles.keys * (head_row + value_row);
+  const int queries =
+      tiles.queries * (tiles.q_stages * (head_row + 4) + tiles.dout_stages * (value_row + 4));  // 4: lse_log2, delta
+  const int barriers = 16 * (tiles.kv_stages + tiles.q_stages + tiles.dout_stages);
+  const int scores = (Sm90BackwardIsWide(spec) ? 4 : 2 * tiles.queries / 64) * tiles.keys * 128;  // P and dS, or dS
+  return (keys + queries + barriers + 1023) / 1024 * 1024 + scores;
 }
 
 }  // namespace jf

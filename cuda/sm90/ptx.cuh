@@ -112,6 +112,11 @@ JF_DEVICE void store_matrix_transposed(u32 row, u32 r0, u32 r1, u32 r2, u32 r3) 
                "r"(r2), "r"(r3)
                : "memory");
 }
+// The same for two tiles; lanes 16 to 31 give no address.
+JF_DEVICE void store_matrix_transposed(u32 row, u32 r0, u32 r1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(r0), "r"(r1)
+               : "memory");
+}
 
 // Operands of wgmma in shared memory, as TMA writes them with the 128-byte swizzle: atoms of 8 rows x 128 bytes, rows
 // packed. K-major: the product sums along the 128 bytes. A step along K adds its bytes to the address.
@@ -161,6 +166,7 @@ JF_DEVICE void pin(T (&registers)[N]) {
 // clang-format off
 #define JF_REGS_16 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define JF_REGS_32 JF_REGS_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define JF_REGS_40 JF_REGS_32 ", %16, %17, %18, %19"
 #define JF_REGS_48 JF_REGS_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define JF_REGS_64 JF_REGS_48 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define JF_REGS_80 JF_REGS_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
@@ -177,6 +183,7 @@ JF_DEVICE void pin(T (&registers)[N]) {
 #define JF_REGS_256 JF_REGS_240 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define JF_ACCUMULATORS_16 JF_EIGHT(0)
 #define JF_ACCUMULATORS_32 JF_ACCUMULATORS_16, JF_EIGHT(8)
+#define JF_ACCUMULATORS_40 JF_ACCUMULATORS_32, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19])
 #define JF_ACCUMULATORS_48 JF_ACCUMULATORS_32, JF_EIGHT(16)
 #define JF_ACCUMULATORS_64 JF_ACCUMULATORS_48, JF_EIGHT(24)
 #define JF_ACCUMULATORS_80 JF_ACCUMULATORS_64, JF_EIGHT(32)
@@ -241,6 +248,7 @@ JF_DEVICE void pin(T (&registers)[N]) {
 
 JF_WGMMA(16, "%8", "%9", "%10", "%11", "%12", "%13", "%14")
 JF_WGMMA(32, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+JF_WGMMA(40, "%20", "%21", "%22", "%23", "%24", "%25", "%26")
 JF_WGMMA(48, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
 JF_WGMMA(64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 JF_WGMMA(80, "%40", "%41", "%42", "%43", "%44", "%45", "%46")

@@ -1,0 +1,216 @@
+// What the two backward kernels of Hopper share: the order of the work, the rings in shared memory and the thread that
+// fills them, the logits of a tile of scores, the sums of dq.
+#pragma once
+#include "pieces/dependency.cuh"
+#include "pieces/dropout.cuh"
+#include "pieces/score.cuh"
+#include "sm90/backward_args.h"
+#include "sm90/ptx.cuh"
+
+namespace jf {
+
+constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys;
+constexpr int kKvStages = kTiles.kv_stages, kQStages = kTiles.q_stages, kDoutStages = kTiles.dout_stages;
+constexpr bool kOwnDq = kTiles.own_dq;
+constexpr int kHead = Sm90BackwardTileSize(kSpec, kSpec.head_dim),
+              kValue = Sm90BackwardTileSize(kSpec, kSpec.value_dim);
+constexpr int kHeadAtoms = (kHead + 63) / 64, kValueAtoms = (kValue + 63) / 64;  // of 64 elements: 128 bytes a row
+constexpr int kDqBlocks = kQueries / 64 * (kHead / 8);                           // of 64 queries x 8 elements
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+static_assert(kProducerRegisters + 2 * kConsumerRegisters == 3 * (65536 / 384 / 8 * 8));
+
+enum NamedBarrier { kAllConsumers = 1, kWarpgroup = 2 };  // kWarpgroup + g
+
+struct alignas(1024) Rings {
+  unsigned char k[kKvStages][kHeadAtoms * kKeys * 128];
+  unsigned char v[kKvStages][kValueAtoms * kKeys * 128];
+  unsigned char q[kQStages][kHeadAtoms * kQueries * 128];
+  unsigned char dout[kDoutStages][kValueAtoms * kQueries * 128];
+  float lse_log2[kQStages][kQueries], delta[kDoutStages][kQueries];
+  u64 kv_full[kKvStages], kv_free[kKvStages];
+  u64 q_full[kQStages], q_free[kQStages], dout_full[kDoutStages], dout_free[kDoutStages];
+};
+
+JF_DEVICE u32 barrier_of(const u64* barriers, u32 slot) { return shared_address(barriers) + 8 * slot; }
+
+JF_DEVICE void init_rings(Rings& rings) {
+  auto init = [](u64* barriers, int count, u32 arrivals) {
+    for (int i = 0; i < count; i++) barrier_init(barrier_of(barriers, i), arrivals);
+  };
+  init(rings.kv_full, kKvStages, 1);
+  init(rings.kv_free, kKvStages, 2);
+  init(rings.q_full, kQStages, 1);
+  init(rings.q_free, kQStages, 2);
+  init(rings.dout_full, kDoutStages, 1);
+  init(rings.dout_free, kDoutStages, 2);
+  barrier_init_fence();
+}
+
+// Place in a ring of kSize slots; parity of the phase that fills the slot for this use.
+template <int kSize>
+struct Ring {
+  u32 slot = 0, parity = 0;
+  JF_DEVICE void advance() {
+    if (++slot == kSize) slot = 0, parity ^= 1;
+  }
+};
+
+// An operand that lies `bytes` on from the one described.
+JF_DEVICE u64 advance(u64 descriptor, u32 bytes) {
+  return (descriptor & 0xffffffff00000000ull) | (static_cast<u32>(descriptor) + (bytes >> 4));
+}
+
+// ---- Order of the work
+
+// kKeys keys of one key head of one batch entry, and the query tiles that see any of them.
+struct KeyTile {
+  int batch, kv_head, index;
+  CallBand band;
+  Range query_tiles;
+};
+
+JF_DEVICE KeyTile key_tile_of(const Sm90BackwardArgs& args, int pair, int index) {
+  KeyTile tile;
+  tile.batch = pair / args.problem.kv_heads;
+  tile.kv_head = pair % args.problem.kv_heads;
+  tile.index = index;
+  tile.band = band_of(args.problem, args.features, tile.batch);
+  tile.query_tiles = tiles_of(tile.band.queries_of(index * kKeys, kKeys), kQueries);
+  if constexpr (kSpec.segment_ids) {
+    tile.query_tiles = meet(tile.query_tiles, args.segments.query_tiles[tile.batch * args.key_tiles + index]);
+  }
+  return tile;
+}
+
+template <class Visit>
+JF_DEVICE void for_each_key_tile(const Sm90BackwardArgs& args, Visit visit) {
+  const int pairs = args.problem.batch * args.problem.kv_heads, block = blockIdx.x;
+  if constexpr (kOwnDq) {
+    for (int pair = block; pair < pairs; pair += gridDim.x) {
+      for (int index = 0; index < args.key_tiles; index++) visit(key_tile_of(args, pair, index));
+    }
+  } else {  // sections of pairs; inside one the first keys, which causal attention shows to most queries, come first
+    const int first = block / (args.section * args.key_tiles) * args.section, width = min(args.section, pairs - first);
+    const int rest = block - first * args.key_tiles;
+    visit(key_tile_of(args, first + rest % width, rest / width));
+  }
+}
+
+template <class Visit>
+JF_DEVICE void for_each_step(const Sm90BackwardArgs& args, const KeyTile& tile, Visit visit) {
+  const int group = kSpec.grouped ? args.problem.q_heads / args.problem.kv_heads : 1;
+  for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; head++) {
+    for (int m = tile.query_tiles.begin; m < tile.query_tiles.end; m++) visit(head, m);
+  }
+}
+
+// ---- Producer: one thread
+
+JF_DEVICE void load_tile(u32 to, const TensorMap& map, u32 barrier, int atoms, int rows, int head, int row, int batch) {
+  for (int atom = 0; atom < atoms; atom++) tma_load(to + atom * rows * 128, map, barrier, atom * 64, head, row, batch);
+}
+
+JF_DEVICE void produce(const Sm90BackwardArgs& args, Rings& shared) {
+  const Problem& p = args.problem;
+  Ring<kKvStages> kv;
+  Ring<kQStages> q;
+  Ring<kDoutStages> dout;
+  for_each_key_tile(args, [&](const KeyTile& tile) {
+    const u32 kv_full = barrier_of(shared.kv_full, kv.slot);
+    barrier_wait(barrier_of(shared.kv_free, kv.slot), kv.parity ^ 1);
+    barrier_arrive_expect(kv_full, sizeof shared.k[0] + sizeof shared.v[0]);
+    load_tile(shared_address(shared.k[kv.slot]), args.k, kv_full, kHeadAtoms, kKeys, tile.kv_head, tile.index * kKeys,
+              p.k_batch(tile.batch));
+    load_tile(shared_address(shared.v[kv.slot]), args.v, kv_full, kValueAtoms, kKeys, tile.kv_head, tile.index * kKeys,
+              p.v_batch(tile.batch));
+    kv.advance();
+    for_each_step(args, tile, [&](int head, int m) {
+      const long long row = ((static_cast<long long>(tile.batch) * p.q_heads + head) * args.q_tiles + m) * kQueries;
+      const u32 q_full = barrier_of(shared.q_full, q.slot), dout_full = barrier_of(shared.dout_full, dout.slot);
+      barrier_wait(barrier_of(shared.q_free, q.slot), q.parity ^ 1);
+      barrier_arrive_expect(q_full, sizeof shared.q[0] + sizeof shared.lse_log2[0]);
+      load_tile(shared_address(shared.q[q.slot]), args.q, q_full, kHeadAtoms, kQueries, head, m * kQueries,
+                p.q_batch(tile.batch));
+      bulk_load(shared_address(shared.lse_log2[q.slot]), args.lse_log2 + row, sizeof shared.lse_log2[0], q_full);
+      barrier_wait(barrier_of(shared.dout_free, dout.slot), dout.parity ^ 1);
+      barrier_arrive_expect(dout_full, sizeof shared.dout[0] + sizeof shared.delta[0]);
+      load_tile(shared_address(shared.dout[dout.slot]), args.dout, dout_full, kValueAtoms, kQueries, head, m * kQueries,
+                tile.batch);
+      bulk_load(shared_address(shared.delta[dout.slot]), args.delta + row, sizeof shared.delta[0], dout_full);
+      q.advance();
+      dout.advance();
+    });
+  });
+}
+
+// ---- Consumers
+
+// Zeroes rows [first, rows) of a tile, if there are any: they hold what lies past a length, and 0 * NaN is NaN.
+template <int kRows, int kAtoms>
+JF_DEVICE void clear_rows(unsigned char (&tile)[kAtoms * kRows * 128], int first) {
+  for (int i = threadIdx.x - 128; i < kAtoms * kRows * 8; i += 256) {
+    if (i / 8 % kRows >= first) reinterpret_cast<uint4*>(tile)[i] = uint4{0, 0, 0, 0};
+  }
+}
+
+// Raw products become logits in the units of score.unit, -inf where the pair is not visible.
+template <bool kTransposed, int N, int M>
+JF_DEVICE void make_logits(float (&s)[N], float (&derivative)[M], const Fragment<kTransposed>& at,
+                           const Sm90BackwardArgs& args, const KeyTile& tile, int head, int m, const Score& score) {
+  transform_scores<kSpec.softcap>(s, derivative, at, score);
+  if (!tile.band.interior(m * kQueries, kQueries, tile.index * kKeys, kKeys)) hide_outside_band(s, at, tile.band);
+  if constexpr (kSpec.segment_ids) {
+    if (!args.segments.q_bounds[tile.batch * args.q_tiles + m].same_single_id(
+            args.segments.kv_bounds[tile.batch * args.key_tiles + tile.index])) {
+      hide_other_segments(s, at, segments_of(args.problem, args.features, tile.band, tile.batch));
+    }
+  }
+  if constexpr (kSpec.mask) hide_masked(s, at, args.problem, args.features.mask, tile.batch, head);
+}
+// Adds a warpgroup's 64 queries x 64 elements of dq to those of the earlier key tiles; see support/dq.cuh for the
+// order.
+struct DqSum {
+  float* part;       // of this thread in the query tile's accumulators
+  int blocks;        // of 8 elements
+  bool first, last;  // own_dq: of the key tiles that add to this query tile
+
+  JF_DEVICE void load_earlier(float (&earlier)[32]) const {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float4 x = first || i >= blocks ? float4{} : __ldcg(reinterpret_cast<const float4*>(part + i * 512));
+      earlier[4 * i] = x.x, earlier[4 * i + 1] = x.y, earlier[4 * i + 2] = x.z, earlier[4 * i + 3] = x.w;
+    }
+  }
+  JF_DEVICE void add(const float (&dq)[32]) const {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (kHead == 96 && i >= blocks) break;
+      const float4 x{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]};
+      if (kOwnDq && first) {
+        __stcg(reinterpret_cast<float4*>(part + i * 512), x);
+      } else {
+        global_add(part + i * 512, x);
+      }
+    }
+  }
+};
+
+JF_DEVICE void store_dq(const Sm90BackwardArgs& args, const float (&dq)[32], const KeyTile& tile, int head, int row,
+                        int column) {
+  const Problem& p = args.problem;
+  u32* out = static_cast<u32*>(args.dq);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    if (row + 8 * half >= p.q_len) break;
+    const long long base =
+        ((static_cast<long long>(tile.batch) * p.q_len + row + 8 * half) * p.q_heads + head) * kSpec.head_dim;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (column + 8 * i >= kSpec.head_dim) break;
+      out[(base + column + 8 * i) / 2] =
+          pack<kSpec.dtype>(dq[4 * i + 2 * half] * p.scale, dq[4 * i + 2 * half + 1] * p.scale);
+    }
+  }
+}
+
+}  // namespace jf
