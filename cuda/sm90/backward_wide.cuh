@@ -60,9 +60,9 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
 #pragma unroll
       for (int x = 0; x < kValueBlocks; x++) dv[x][i] = 0.f;
     }
-    // dK^T += Q^T dS of a step; of the one before the first both are 0.
-    auto issue_dk = [&](u32 of) {
-      const u64 q_columns = descriptor_mn_major(shared_address(shared.q[of & 1]) + g * kHeadBlocks * kQueries * 128, 0);
+    // dK^T += Q^T dS of a step. The one before the first has dS = 0.
+    auto issue_dk = [&](u32 of, u32 q_slot) {
+      const u64 q_columns = descriptor_mn_major(shared_address(shared.q[q_slot]) + g * kHeadBlocks * kQueries * 128, 0);
       const u64 ds_rows = descriptor_k_major(shared_address(shared.ds[of & 1]));
 #pragma unroll
       for (int x = 0; x < kHeadBlocks; x++) {
@@ -119,7 +119,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
                            advance(v_rows, i / 4 * kKeys * 128 + i % 4 * 32), i != 0);
       }
       wgmma_commit();
-      issue_dk(step - 1);
+      issue_dk(step - 1, step == 0 ? 0 : q_ring.slot ^ 1);  // slot 1 is being filled in step 0
 
       wgmma_wait<2>();
       pin(s);
@@ -205,7 +205,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     });
 
     wgmma_fence();
-    issue_dk(step - 1);
+    issue_dk(step - 1, q_ring.slot ^ 1);
     wgmma_wait<0>();
     pin_dk();
     named_sync(kAllConsumers, 256);  // all reads of K and V are over: dK and dV take their place
@@ -240,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   extern __shared__ unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) init_rings(shared);
-  // Q and dS of the step before the first: see issue_dk.
+  // dS of the step before the first, and its Q if there is no first: see issue_dk.
   for (int i = threadIdx.x; i < sizeof shared.q[1] / 16; i += 384) {
     reinterpret_cast<uint4*>(shared.q[1])[i] = uint4{0, 0, 0, 0};
   }
