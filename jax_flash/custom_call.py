@@ -1,12 +1,11 @@
 """Attention as custom calls, under every transformation of JAX.
 
-    attend
-      shard_map                 only on a mesh with explicit axes: their types carry the sharding
-        custom_vjp              forward, then backward and bias gradient as calls of their own
-          custom_jvp            only to say that the calls themselves have no derivative
-            custom_vmap         a mapped axis becomes one more batch axis; nothing is folded by reshape
-              custom_partitioning   batch and heads stay sharded, all other axes are gathered
-                _per_device     the kernel (an FFI call) on CUDA, the tiles of xla.py elsewhere
+    custom_vjp                  forward, then backward and bias gradient as calls of their own
+      custom_jvp                only to say that the calls themselves have no derivative
+        custom_vmap             a mapped axis becomes one more batch axis; nothing is folded by reshape
+          custom_partitioning   batch and heads stay sharded, all other axes are gathered; on a mesh with explicit axes,
+                                whose arrays' types carry the sharding, shard_map instead
+            _per_device         the kernel (an FFI call) on CUDA, the tiles of xla.py elsewhere
 
 Every layer takes the arrays of a call flat and in order; `Call` names them. Batch axes `*B` are full or of size 1.
 """
@@ -28,7 +27,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_flash import xla
 from jax_flash.extension import native
@@ -125,6 +124,20 @@ def _varying(x: Any) -> frozenset[str]:
     return frozenset(aval.vma if manual is None else manual.varying)
 
 
+def _vary_alike(arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """The arrays, each varying over the mesh axes over which any of them varies; the transpose sums gradients."""
+    axes = frozenset().union(*map(_varying, arrays))
+    missing = [tuple(sorted(axes - _varying(x))) for x in arrays]
+    return tuple(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True))
+
+
+def _type_like(x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Type of a result of another shape that varies over the mesh axes over which x varies."""
+    aval = jax.typeof(x)
+    sharding = aval.sharding.update(spec=PartitionSpec(*(None for _ in shape)))
+    return aval.update(shape=shape, dtype=np.dtype(dtype), sharding=sharding)
+
+
 def _fill_gaps(name: str, x: Any, batch: tuple[int, ...]) -> Any:
     """x with those batch axes materialised that keep its full axes from being one contiguous run (jf::BatchMap)."""
     if name in WITHOUT_BATCH:
@@ -146,8 +159,7 @@ def _kernel(call: Call, *arrays: Any) -> tuple[Any, ...]:
     if call.direction == "bias_gradient":
         results = [(shape, call.operands(arrays).bias.dtype) for shape, _ in results]
     results.append(((native().scratch_bytes(call.target, attributes),), np.uint8))
-    # Inside shard_map(check_vma=True) a result must vary over the mesh axes over which the operands vary.
-    types = [jax.typeof(arrays[0]).update(shape=shape, dtype=np.dtype(dtype)) for shape, dtype in results]
+    types = [_type_like(arrays[0], shape, dtype) for shape, dtype in results]
     *outputs, _ = jax.ffi.ffi_call(call.target, types)(*dense, **attributes)
     if call.direction == "bias_gradient":
         bias = call.operands(arrays).bias
@@ -280,55 +292,88 @@ def _shards(layout: _Layout, specs: Sequence[Any], mesh: Any) -> _Shards:
     return _Shards(found, kv_by_index)
 
 
-def _own_kv_head(shards: _Shards, layout: _Layout, mesh: Any) -> Any:
-    """Index of the one key head that this device's query heads attend to."""
-    heads = shards.axes["N"]
-    return jax.lax.axis_index(heads) * layout.sizes["K"] // math.prod(mesh.shape[axis] for axis in heads)
+def _local_call(
+    call: Call, layout: _Layout, shards: _Shards, mesh: Any, run: Callable[..., tuple[Any, ...]]
+) -> Callable[..., tuple[Any, ...]]:
+    """`run` as one device's part of the call: its key head picked, gradients of what devices share summed over them."""
+    results = dict(zip(call.results, layout.results, strict=True))
+    head_axes = shards.axes.get("N", ())
+    head_shards = math.prod(mesh.shape[axis] for axis in head_axes)
 
+    def kv_head() -> Any:
+        return jax.lax.axis_index(head_axes) * layout.sizes["K"] // head_shards
 
-def _take_kv_head(index: Any, x: Any) -> Any:
-    return jax.lax.dynamic_slice_in_dim(x, index, 1, axis=-2)
+    def summed(name: str, x: Any) -> Any:
+        if name in ("dk", "dv") and shards.kv_by_index:
+            all_heads = jnp.zeros_like(x, shape=(*x.shape[:-2], layout.sizes["K"], x.shape[-1]))
+            x, all_heads = _vary_alike((x, all_heads))
+            return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(all_heads, x, kv_head(), axis=-2), head_axes)
+        if name == "dbias":
+            shared = [a for label, axes in shards.axes.items() if label not in ("K", *results[name]) for a in axes]
+            return jax.lax.psum(x, tuple(shared)) if shared else x
+        return x
+
+    def local(*arrays: Any) -> tuple[Any, ...]:
+        q, k, v, *rest = _vary_alike(arrays)
+        if shards.kv_by_index:
+            k, v = (jax.lax.dynamic_slice_in_dim(x, kv_head(), 1, axis=-2) for x in (k, v))
+        return tuple(summed(*pair) for pair in zip(call.results, run(q, k, v, *rest), strict=True))
+
+    return local
 
 
 @functools.lru_cache(maxsize=1024)
 def _partitioned(call: Call, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[..., tuple[Any, ...]]:
+    """The call for axes that the compiler shards."""
     layout = _layout(call, shapes)
-    results = dict(zip(call.results, layout.results, strict=True))
 
     @custom_partitioning
     def partitioned(*arrays: Any) -> tuple[Any, ...]:
         return _per_device(call, *arrays)
 
     def partition(mesh: Any, arguments: Any, outputs: Any) -> Any:
+        arrays = (*arguments, *outputs)
+        if mesh.empty:  # under jax.set_mesh, but no array says that it lies on that mesh: nothing is sharded
+            mesh = Mesh(sorted(arrays[0].sharding.device_set, key=lambda device: device.id), ("device",))
+            specs = [PartitionSpec()] * len(arrays)
+        else:
+            specs = [x.sharding.spec for x in arrays]
         # Whatever sharding was proposed, only batch and heads keep theirs.
-        shards = _shards(layout, [x.sharding.spec for x in (*arguments, *outputs)], mesh)
-
-        def summed(name: str, result: Any) -> Any:
-            """Adds up the parts of devices that hold other batch entries or query heads of a broadcast array."""
-            if name in ("dk", "dv") and shards.kv_by_index:
-                shape = (*result.shape[:-2], layout.sizes["K"], result.shape[-1])
-                index = _own_kv_head(shards, layout, mesh)
-                result = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(shape, result.dtype), result, index, axis=-2)
-                return jax.lax.psum(result, shards.axes["N"])
-            if name == "dbias":
-                rest = [a for label, axes in shards.axes.items() if label not in ("K", *results[name]) for a in axes]
-                return jax.lax.psum(result, tuple(rest)) if rest else result
-            return result
-
-        def per_device(*arrays: Any) -> tuple[Any, ...]:
-            if shards.kv_by_index:
-                index = _own_kv_head(shards, layout, mesh)
-                arrays = (arrays[0], _take_kv_head(index, arrays[1]), _take_kv_head(index, arrays[2]), *arrays[3:])
-            return tuple(summed(*pair) for pair in zip(call.results, _per_device(call, *arrays), strict=True))
+        shards = _shards(layout, specs, mesh)
+        local = _local_call(call, layout, shards, mesh, functools.partial(_per_device, call))
 
         def shardings(layouts: Any) -> tuple[NamedSharding, ...]:
             return tuple(NamedSharding(mesh, shards.spec(labels)) for labels in layouts)
 
-        return mesh, per_device, shardings(layout.results), shardings(layout.arguments)
+        return mesh, local, shardings(layout.results), shardings(layout.arguments)
 
     rule, unsharded = _sharding_rule(layout)
     partitioned.def_partition(partition, sharding_rule=rule, need_replication_factors=unsharded)
     return partitioned
+
+
+def _explicit_mesh(arrays: Sequence[Any]) -> Any:
+    """The mesh whose axes are part of the arrays' types, or None."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def _on_explicit_mesh(call: Call, mesh: Any, run: Callable[..., tuple[Any, ...]], arrays: Sequence[Any]) -> Any:
+    """The call where the arrays' types say how they are sharded; so do those of the results."""
+    layout = _layout(call, arrays)
+    specs = [*(jax.typeof(x).sharding.spec for x in arrays), *(PartitionSpec() for _ in layout.results)]
+    shards = _shards(layout, specs, mesh)
+    places = [NamedSharding(mesh, shards.spec(labels)) for labels in layout.arguments]
+    arrays = tuple(map(jax.sharding.reshard, arrays, places))
+    if not shards.axes:
+        return run(*arrays)
+    return jax.shard_map(
+        _local_call(call, layout, shards, mesh, run),
+        mesh=mesh,
+        in_specs=tuple(map(shards.spec, layout.arguments)),
+        out_specs=tuple(map(shards.spec, layout.results)),
+        axis_names={axis for axes in shards.axes.values() for axis in axes},
+    )(*arrays)
 
 
 # --- vmap: one more batch axis ---------------------------------------------------------------------------------------
@@ -367,9 +412,13 @@ def _run(call: Call) -> Callable[..., tuple[Any, ...]]:
 
     @custom_vmap
     def mappable(*arrays: Any) -> tuple[Any, ...]:
+        mesh = _explicit_mesh(arrays)
+        if mesh is not None:
+            return _on_explicit_mesh(call, mesh, functools.partial(_per_device, call), arrays)
         if any(_varying(x) for x in arrays):
             return _per_device(call, *arrays)  # inside shard_map; custom_partitioning would drop the varying axes
-        return _partitioned(call, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))(*arrays)
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+        return _partitioned(call, shapes)(*arrays)
 
     @mappable.def_vmap
     def _mapped(size: int, mapped: list[bool], *arrays: Any) -> tuple[Any, Any]:
@@ -421,11 +470,19 @@ def _attention_backward(spec: AttentionSpec, path: str, lse_cotangent: bool, res
     def run(direction: str) -> tuple[Any, ...]:
         return _run(Call(direction, spec, path, tuple(arrays)))(*arrays.values())
 
-    gradients = Operands(
-        bias=None if operands.bias is None else run("bias_gradient")[0],
-        sinks=None if operands.sinks is None else _sinks_gradient(operands.sinks, dout, dlse, out, lse),
-    )
-    return (*run("backward"), gradients)
+    def gradient(x: Any, of: Any) -> Any:
+        """On an explicit mesh a gradient must lie as its array does."""
+        sharding = jax.typeof(of).sharding
+        return jax.sharding.reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x
+
+    dq, dk, dv = map(gradient, run("backward"), (q, k, v))
+    gradients = Operands()
+    if operands.bias is not None:
+        gradients = gradients._replace(bias=gradient(*run("bias_gradient"), operands.bias))
+    if operands.sinks is not None:
+        dsinks = _sinks_gradient(operands.sinks, dout, dlse, out, lse)
+        gradients = gradients._replace(sinks=gradient(dsinks, operands.sinks))
+    return dq, dk, dv, gradients
 
 
 def _sinks_gradient(sinks: Any, dout: Any, dlse: Any, out: Any, lse: Any) -> Any:
@@ -443,56 +500,29 @@ _attention.defvjp(_attention_forward, _attention_backward)
 # --- the entry -------------------------------------------------------------------------------------------------------
 
 
-def _explicit_mesh(arrays: Sequence[Any]) -> Any:
-    """The mesh whose axes are part of the arrays' types, or None."""
-    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
-    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
-
-
-def _on_explicit_mesh(mesh: Any, attend_locally: Callable[..., Any], names: tuple[str, ...], arrays: Sequence[Any]):
-    layout = _layout(Call("forward", AttentionSpec(1.0), "any", names), arrays)
-    unsharded = PartitionSpec()
-    specs = [jax.typeof(x).sharding.spec for x in arrays] + [unsharded] * len(layout.results)
-    shards = _shards(layout, specs, mesh)
-    in_specs = tuple(map(shards.spec, layout.arguments))
-
-    def per_device(q: Any, k: Any, v: Any, *operands: Any) -> Any:
-        if shards.kv_by_index:
-            index = _own_kv_head(shards, layout, mesh)
-            k, v = (_take_kv_head(index, jax.lax.pcast(x, shards.axes["N"], to="varying")) for x in (k, v))
-        return attend_locally(q, k, v, *operands)
-
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-    local = jax.shard_map(
-        per_device, mesh=mesh, in_specs=in_specs, out_specs=tuple(map(shards.spec, layout.results)), axis_names=explicit
-    )
-    return local(*(jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(arrays, in_specs, strict=True)))
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _attend(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any, v: Any, operands: Operands) -> Any:
     present = operands.present()
-    names, arrays = ("q", "k", "v", *present), (q, k, v, *present.values())
+    arrays = (q, k, v, *present.values())
     mesh = _explicit_mesh(arrays)
     if mesh is not None:
+        replicated = NamedSharding(mesh, PartitionSpec())
+        arrays = tuple(jax.sharding.reshard(x, replicated) if jax.typeof(x).sharding.mesh.empty else x for x in arrays)
 
-        def attend_locally(q: Any, k: Any, v: Any, *operands: Any) -> Any:
-            return _attend(spec, path, lse_cotangent, q, k, v, Operands(**dict(zip(present, operands, strict=True))))
-
-        return _on_explicit_mesh(mesh, attend_locally, names, arrays)
-
-    # Inside shard_map(check_vma=True) an array may be replicated over mesh axes over which others vary. Outside of the
-    # custom_vjp, so that the transpose of the cast sums the gradients.
-    axes = frozenset().union(*map(_varying, arrays))
-
-    def vary(x: Any) -> Any:
-        missing = tuple(sorted(axes - _varying(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+    def named(arrays: Sequence[Any]) -> Operands:
+        return Operands(**dict(zip(present, arrays, strict=True)))
 
     if path == "xla":
-        return xla.attention(spec, q, k, v, operands)
-    q, k, v = map(vary, (q, k, v))
-    return _attention(spec, path, lse_cotangent, q, k, v, Operands(*(x if x is None else vary(x) for x in operands)))
+
+        def plain(q: Any, k: Any, v: Any, *operands: Any) -> Any:
+            return xla.attention(spec, q, k, v, named(operands))
+
+        call = Call("forward", spec, path, ("q", "k", "v", *present))
+        return plain(*arrays) if mesh is None else _on_explicit_mesh(call, mesh, plain, arrays)
+
+    # Outside of the custom_vjp: inside shard_map(check_vma=True) the transpose sums gradients of replicated arrays.
+    q, k, v, *rest = _vary_alike(arrays)
+    return _attention(spec, path, lse_cotangent, q, k, v, named(rest))
 
 
 def attend(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any, v: Any, operands: Operands) -> Any:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_flash as jf
 
@@ -32,7 +34,7 @@ def lowered(function, *arguments, platform="cuda"):
             if found := CALL.search(line):
                 target, attributes, operands = found.groups()
                 yield target, dict(re.findall(r'(\w+) = "?([\w.+-]+)"?', attributes)), operands.split(", ")
-            elif found := re.search(r" call @([\w.]+)", line):
+            elif found := re.search(r"\bcall @([\w.]+)", line):
                 yield from calls(found[1])
 
     return list(calls("main"))
@@ -143,6 +145,26 @@ def test_head_sizes_are_padded_to_multiples_of_8():
     assert (attributes["head_dim"], attributes["value_dim"]) == ("24", "24")
     assert types[0] == "tensor<2x64x4x24xbf16>"
     np.testing.assert_allclose(float(attributes["scale"]), 20**-0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_calls_the_kernel_on_its_part(check_vma):
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:2]), ("model",))
+    specs = (P(None, None, "model"), P(None, None, "model"), P(None, None, "model"))
+    attend = gradient(causal, (0, 1, 2))
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=check_vma)
+    forward, backward = lowered(mapped, *arrays())
+    assert forward[2][:2] == ["tensor<2x64x2x32xbf16>", "tensor<2x96x1x32xbf16>"]
+    assert backward[1]["q_heads"] == "2"
+
+
+def test_explicit_mesh_calls_the_kernel_on_its_part():
+    devices = np.array(jax.devices("cpu")[:2])
+    mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("data"))) for x in arrays()]
+        forward, backward = lowered(gradient(causal, (0, 1, 2)), *placed)
+    assert (forward[1]["batch"], backward[1]["batch"]) == ("1", "1")
 
 
 def test_other_platforms_and_dtypes_get_no_call(caplog):
