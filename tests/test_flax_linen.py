@@ -189,6 +189,19 @@ def test_decoding_equals_causal_attention(fields, steps):
     assert variables["cache"]["cache_index"] == 6
 
 
+def test_ragged_decoding():
+    """Prompts of 2 and 4 tokens, both padded to 4, then a token each."""
+    module, lengths = linen.MultiHeadAttention(4, decode=True, rotary_base=1e4, ragged_cache=True), jnp.array([2, 4])
+    variables = module.init(jax.random.key(2), X)
+    right = linen.MultiHeadAttention(4, causal=True, rotary_base=1e4).apply({"params": variables["params"]}, X)
+    prompts, cache = module.apply(variables, X[:, :4].at[0, 2:].set(jnp.inf), lengths=lengths, mutable="cache")
+    close(prompts[0, :2], right[0, :2])
+    close(prompts[1], right[1, :4])
+    out, cache = module.apply({**variables, **cache}, X[jnp.arange(2), lengths][:, None], mutable="cache")
+    close(out[:, 0], right[jnp.arange(2), lengths])
+    np.testing.assert_array_equal(cache["cache"]["cache_index"], lengths + 1)
+
+
 def test_decoding_as_flax_does():
     ours, theirs = linen.MultiHeadAttention(4, decode=True), nn.MultiHeadAttention(4, decode=True)
     variables = theirs.init(jax.random.key(2), X)

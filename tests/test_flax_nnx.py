@@ -158,6 +158,21 @@ def test_decoding_equals_causal_attention(options, steps):
     assert module.cache_index[...] == 6
 
 
+def test_ragged_decoding():
+    """Prompts of 2 and 4 tokens, both padded to 4, then a token each."""
+    options = {"rotary_base": 1e4, "num_kv_heads": 2, "window": (3, 0)}
+    module, lengths = make(decode=True, **options), jnp.array([2, 4])
+    module.init_cache(X.shape, ragged=True)
+    right = make(causal=True, **options)(X)
+    prompts = module(X[:, :4].at[0, 2:].set(jnp.inf), lengths=lengths)
+    close(prompts[0, :2], right[0, :2])
+    close(prompts[1], right[1, :4])
+    for step in range(2):
+        out = module(X[jnp.arange(2), lengths + step][:, None])
+        close(out[:, 0], right[jnp.arange(2), lengths + step])
+    np.testing.assert_array_equal(module.cache_index[...], lengths + 2)
+
+
 def test_decoding_as_flax_does():
     ours, theirs = (
         make(cls, decode=True, num_kv_heads=2) for cls in (flash_nnx.MultiHeadAttention, nnx.MultiHeadAttention)

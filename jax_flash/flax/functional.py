@@ -172,9 +172,20 @@ def rotary(x, positions=None, base: float = 10000.0):
 
 
 def extend_cache(cache, new, index):
-    """Write `new [*B, T, K, H]` into `cache [*B, S, K, H]` from position `index` on; in place if donated."""
-    start = (0,) * (cache.ndim - 3) + (index, 0, 0)
-    return lax.dynamic_update_slice(cache, new.astype(cache.dtype), start)
+    """`cache [*B, S, K, H]` with `new [*B, T, K, H]` from position `index [] or [*B]` on; in place if donated."""
+
+    def write(cache, new, index):
+        start = (0,) * (cache.ndim - 3) + (index, 0, 0)
+        return lax.dynamic_update_slice(cache, new.astype(cache.dtype), start)
+
+    for _ in range(index.ndim):
+        write = jax.vmap(write)
+    return write(cache, new, index)
+
+
+def cache_positions(index, length: int):
+    """Positions `[T]` or `[*B, T]` of the `length` tokens that follow `index [] or [*B]` tokens in the cache."""
+    return index[..., None] + jnp.arange(length)
 
 
 def given(**options) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.module import merge_param
 
-from jax_flash.flax.functional import attention_fn, extend_cache, given, rotary
+from jax_flash.flax.functional import attention_fn, cache_positions, extend_cache, given, rotary
 
 
 class _Partitioned(nn.LogicallyPartitioned):
@@ -39,6 +39,7 @@ class MultiHeadAttention(nn.MultiHeadAttention):
       softcap: scores become `softcap * tanh(scores / softcap)`.
       use_sinks: a learned logit for each head in the denominator of the softmax (parameter `sinks [num_heads]`).
       rotary_base: rotate queries and keys by their positions (see `jax_flash.flax.rotary`).
+      ragged_cache: each batch entry has its own number of cached positions: `cache_index` has shape `[*B]`.
       attention_precision: `jax_flash.Fp8` or another `precision` of `flash_attention`; default `precision`, which also
         concerns the projections.
       qkv_axes, out_axes: logical names of the axes of query, key, value `[*B, T, N, H]` and of the output `[*B, T, F]`,
@@ -55,6 +56,7 @@ class MultiHeadAttention(nn.MultiHeadAttention):
     softcap: float | None = None
     use_sinks: bool = False
     rotary_base: float | None = None
+    ragged_cache: bool = False
     attention_precision: object = None
     qkv_axes: Sequence[str | None] | None = None
     out_axes: Sequence[str | None] | None = None
@@ -73,6 +75,7 @@ class MultiHeadAttention(nn.MultiHeadAttention):
         sow_weights: bool = False,
         segment_ids=None,
         input_positions=None,
+        lengths=None,
     ):
         """Attention of `inputs_q [*B, T, F]` to `inputs_k`, `inputs_v [*B, S, F]`, which default to `inputs_q`.
 
@@ -82,6 +85,8 @@ class MultiHeadAttention(nn.MultiHeadAttention):
           segment_ids: `[*B, T]`, or a pair of that and `[*B, S]`: attend within equal ids.
           input_positions: `[T]` or `[*B, T]` for the rotary embedding, by default 0, 1, ..., counted from the cache's
             end when decoding.
+          lengths: `[*B]`, decoding with a ragged cache: how many of the T tokens of each batch entry are real. The
+            others are not seen, and overwritten by the next call.
         """
         if inputs_kv is not None:
             if inputs_k is not None or inputs_v is not None:
@@ -124,23 +129,26 @@ class MultiHeadAttention(nn.MultiHeadAttention):
             query, key = norm(name="query_ln")(query), norm(name="key_ln")(key)
         query, key, value = (nn.with_logical_constraint(x, self.qkv_axes) for x in (query, key, value))
 
-        decode_from = None
+        decode_from = decode_to = None
         if self.decode:
+            batch = key.shape[:-3]
             initialized = self.has_variable("cache", "cached_key")
             cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
             cached_value = self.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype)
-            cache_index = self.variable("cache", "cache_index", jnp.zeros, (), jnp.int32)
+            cache_index = self.variable(
+                "cache", "cache_index", jnp.zeros, batch if self.ragged_cache else (), jnp.int32
+            )
             decode_from = cache_index.value if initialized else None
         if self.rotary_base is not None:
             if input_positions is None and decode_from is not None:
-                input_positions = decode_from + jnp.arange(query.shape[-3])
+                input_positions = cache_positions(decode_from, query.shape[-3])
             query, key = (rotary(x, input_positions, self.rotary_base) for x in (query, key))
         elif input_positions is not None:
             raise ValueError("input_positions: only rotary embedding uses positions, but the module has no rotary_base")
         if decode_from is not None:
             cached_key.value = key = extend_cache(cached_key.value, key, decode_from)
             cached_value.value = value = extend_cache(cached_value.value, value, decode_from)
-            cache_index.value = decode_from + query.shape[-3]
+            cache_index.value = decode_to = decode_from + (query.shape[-3] if lengths is None else lengths)
 
         if self.dropout_rate > 0.0:
             deterministic = merge_param("deterministic", self.deterministic, deterministic)
@@ -165,6 +173,8 @@ class MultiHeadAttention(nn.MultiHeadAttention):
                 qk_attn_weights_einsum=self.qk_attn_weights_einsum_cls and self.qk_attn_weights_einsum_cls(),
                 attn_weights_value_einsum=self.attn_weights_value_einsum_cls and self.attn_weights_value_einsum_cls(),
                 q_offset=decode_from,
+                q_lengths=lengths,
+                kv_lengths=decode_to,
                 window=self.window,
                 segment_ids=segment_ids,
                 softcap=self.softcap,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from flax.nnx.module import first_from
 
-from jax_flash.flax.functional import attention_fn, extend_cache, given, rotary
+from jax_flash.flax.functional import attention_fn, cache_positions, extend_cache, given, rotary
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
@@ -72,6 +72,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         qkv_sharding=None,
         input_positions=None,
         segment_ids=None,
+        lengths=None,
     ):
         """Attention of `inputs_q [*B, T, F]` to `inputs_k`, `inputs_v [*B, S, F]`, which default to `inputs_q`.
 
@@ -81,6 +82,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
           input_positions: `[T]` or `[*B, T]` for the rotary embedding, by default 0, 1, ..., counted from the cache's
             end when decoding.
           segment_ids: `[*B, T]`, or a pair of that and `[*B, S]`: attend within equal ids.
+          lengths: `[*B]`, decoding with a ragged cache: how many of the T tokens of each batch entry are real. The
+            others are not seen, and overwritten by the next call.
         """
         if inputs_k is None:
             if inputs_v is not None:
@@ -99,20 +102,20 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         query, key, value = (linen.with_logical_constraint(x, self.qkv_axes) for x in (query, key, value))
 
         decode = first_from(decode, self.decode, error_msg="decode: given neither to the module nor to the call")
-        decode_from = None
+        decode_from = decode_to = None
         if decode:
             cached_key, cached_value, cache_index = self._cache()
             decode_from = cache_index[...]
         if self.rotary_base is not None:
             if input_positions is None and decode_from is not None:
-                input_positions = decode_from + jnp.arange(query.shape[-3])
+                input_positions = cache_positions(decode_from, query.shape[-3])
             query, key = (rotary(x, input_positions, self.rotary_base) for x in (query, key))
         elif input_positions is not None:
             raise ValueError("input_positions: only rotary embedding uses positions, but the module has no rotary_base")
         if decode_from is not None:
             cached_key[...] = key = extend_cache(cached_key[...], key, decode_from)
             cached_value[...] = value = extend_cache(cached_value[...], value, decode_from)
-            cache_index[...] = decode_from + query.shape[-3]
+            cache_index[...] = decode_to = decode_from + (query.shape[-3] if lengths is None else lengths)
 
         dropout_rng = None
         if self.dropout_rate > 0.0:
@@ -138,6 +141,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             is_causal=is_causal or self.causal or decode_from is not None,
             **given(
                 q_offset=decode_from,
+                q_lengths=lengths,
+                kv_lengths=decode_to,
                 window=self.window,
                 segment_ids=segment_ids,
                 softcap=self.softcap,
@@ -151,6 +156,11 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             raise ValueError("decode: there is no cache, call init_cache first")
         return self.cached_key, self.cached_value, self.cache_index
 
-    def init_cache(self, input_shape, dtype=None):
-        """Make an empty cache for inputs `[*B, S, F]`, by default in the module's `dtype` (float32 if it has none)."""
+    def init_cache(self, input_shape, dtype=None, ragged: bool = False):
+        """Make an empty cache for inputs `[*B, S, F]`, by default in the module's `dtype` (float32 if it has none).
+
+        ragged: each batch entry has its own number of cached positions: `cache_index` has shape `[*B]`.
+        """
         super().init_cache(input_shape, dtype or self.dtype or jnp.float32)
+        if ragged:
+            self.cache_index = nnx.Cache(jnp.zeros(input_shape[:-2], jnp.int32))
