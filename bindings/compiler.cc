@@ -1,15 +1,17 @@
 #include "compiler.h"
 
 #include <dlfcn.h>
-#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <regex>
 #include <sstream>
+#include <string_view>
 
 #include "cache.h"
 #include "driver.h"
@@ -110,15 +112,18 @@ void WriteFile(const fs::path& path, const std::string& content) {
   if (!file.flush()) throw Error("cannot write " + path.string());
 }
 
-// Every file of cuda/ by its include name.
-std::map<std::string, std::string> ReadHeaders() {
-  std::map<std::string, std::string> headers;
-  for (const auto& file : fs::recursive_directory_iterator(settings.kernels)) {
-    const fs::path extension = file.path().extension();
-    if (extension != ".h" && extension != ".cuh") continue;
-    headers[fs::relative(file.path(), settings.kernels).generic_string()] = ReadFile(file.path());
+// Adds the files of cuda/ that `text` includes, directly or not, by their include names. One that does not exist is
+// left for the compiler to complain about.
+void AddIncluded(const std::string& text, std::map<std::string, std::string>* headers) {
+  constexpr std::string_view kDirective = "#include \"";
+  for (size_t at = text.find(kDirective); at != std::string::npos; at = text.find(kDirective, at + 1)) {
+    const size_t begin = at + kDirective.size();
+    const std::string name = text.substr(begin, text.find('"', begin) - begin);
+    const fs::path path = fs::path(settings.kernels) / name;
+    if (headers->count(name) != 0 || !fs::exists(path)) continue;
+    const std::string& content = (*headers)[name] = ReadFile(path);
+    AddIncluded(content, headers);
   }
-  return headers;
 }
 
 // The feature set of Hopper's wgmma and TMA needs the "a" target.
@@ -147,10 +152,11 @@ struct Source {
 
 Source MakeSource(const KernelVariant& kernel, int arch) {
   Source source{"#include \"variant.h\"\n#include \"" + kernel.source + "\"\n",
-                ReadHeaders(),
+                {{"variant.h", kernel.variant}},
                 {ArchOption(arch), "-std=c++17", "--ptxas-options=-v"}};
+  AddIncluded(kernel.variant, &source.headers);
+  AddIncluded(source.main, &source.headers);
   if (source.headers.count(kernel.source) == 0) throw Error("no kernel " + kernel.source + " in " + settings.kernels);
-  source.headers["variant.h"] = kernel.variant;
   return source;
 }
 

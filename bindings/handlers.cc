@@ -73,15 +73,16 @@ class ProgramTable {
     auto program = std::make_shared<Program>();
     program->plan = std::move(std::get<Plan>(planned));
     for (const KernelVariant& kernel : program->plan.kernels) {
-      program->functions.push_back(Load(compiler::Compile(kernel, call.arch).cubin, kernel.entry));
+      program->functions.push_back(Load(kernel, compiler::Compile(kernel, call.arch).cubin));
     }
     return program;
   }
 
-  // Plans share kernels: the driver gets each entry of a cubin once.
-  driver::Function Load(const std::string& cubin, const std::string& entry) {
-    driver::Function& function = functions_[entry + cubin];
-    if (!function) function = driver::LoadKernel(cubin, entry);
+  // Plans share kernels: the driver gets each entry of a cubin once for each size of dynamic shared memory, which is a
+  // property of the loaded kernel.
+  driver::Function Load(const KernelVariant& kernel, const std::string& cubin) {
+    driver::Function& function = functions_[kernel.entry + ' ' + std::to_string(kernel.shared_bytes) + ' ' + cubin];
+    if (!function) function = driver::LoadKernel(cubin, kernel.entry);
     return function;
   }
 

@@ -196,8 +196,11 @@ def test_eight_processes_fill_it_at_once(kernels, tmp_path):
     assert all(map(is_whole, entries(cache)))
 
 
-def test_the_key_covers_headers(kernels, filled, cache, tmp_path):
+def test_the_key_covers_what_is_included_and_no_more(kernels, filled, cache, tmp_path):
     changed = Path(shutil.copytree(kernels, tmp_path / "changed"))
+    (changed / "other.cuh").write_text("of another kernel")
+    ((digest, cached, _),), _ = compile_apart(changed, cache)
+    assert (digest, cached) == (filled[1], True)
     (changed / "factor.h").write_text("constexpr float kFactor = 3;\n")
     ((digest, cached, _),), _ = compile_apart(changed, cache)
     assert digest != filled[1]

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 from jax_flash.__main__ import ARCHS, arch_name, argument_parser, plans
 from jax_flash.extension import native
@@ -103,12 +103,10 @@ def write(rows: list[Row]) -> None:
 
 
 def read() -> dict[tuple[str, ...], Row]:
+    kinds = get_type_hints(Row)
     with TABLE.open(newline="") as file:
         file.readline()
-        rows = [
-            Row(*(int(row[name]) if kind == "int" else row[name] for name, kind in Row.__annotations__.items()))
-            for row in csv.DictReader(file)
-        ]
+        rows = [Row(**{name: kinds[name](text) for name, text in line.items()}) for line in csv.DictReader(file)]
     return {row.key: row for row in rows}
 
 
