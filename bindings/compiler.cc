@@ -58,6 +58,16 @@ int DriverMajor() {
   }
 }
 
+// Some releases look for this part of NVRTC wherever the loader looks, but not beside themselves. Once it is loaded,
+// they find it.
+void LoadBuiltins(const fs::path& folder) {
+  std::error_code error;
+  for (const auto& file : fs::directory_iterator(folder, error)) {
+    const std::string name = file.path().filename();
+    if (name.rfind("libnvrtc-builtins.so", 0) == 0) dlopen(file.path().c_str(), RTLD_NOW | RTLD_GLOBAL);
+  }
+}
+
 // Tells why not in `problem`.
 std::optional<Library> Open(const std::string& path, std::string* problem) {
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -81,6 +91,7 @@ std::optional<Library> Open(const std::string& path, std::string* problem) {
   }
   Dl_info place;
   opened.info.path = dladdr(reinterpret_cast<void*>(opened.version), &place) ? place.dli_fname : path;
+  LoadBuiltins(fs::path(opened.info.path).parent_path());
   return opened;
 }
 
