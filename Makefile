@@ -33,9 +33,8 @@ resources:  ## registers, spills and shared memory of every variant: rewrites te
 sass:  ## machine code of a call: make sass CALL="--head-dim 128 --causal --arch 9.0"
 	$(PYTHON) tools/sass.py $(CALL)
 
-sanitize:  ## the kernel tests under compute-sanitizer, on this machine's GPU
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -m gpu
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -m gpu -k small
+sanitize:  ## every kernel under compute-sanitizer, on this machine's GPU
+	$(PYTHON) tools/sanitize.py
 
 fuzz:  ## random calls against the reference, on this machine's GPU
 	$(PYTHON) tools/fuzz.py

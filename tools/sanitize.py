@@ -1,0 +1,102 @@
+"""Runs a few calls of every kernel under compute-sanitizer, on this machine's GPU: `python tools/sanitize.py [TOOL ...]`.
+
+Tools: memcheck, racecheck, synccheck, initcheck (default: all). XLA's allocator is told to give each array an allocation of
+its own, so that a step outside an array is a step outside an allocation. Sizes are odd, tails are poisoned with NaN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import subprocess
+import sys
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+FAMILIES = {"the kernels of this GPU": "", "the universal kernels": "sm80"}
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def calls() -> None:
+    """Forward and backward of some calls; this is what runs under the sanitizer."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import jax_flash as jf
+
+    for size, keywords in (
+        (64, {"causal": True}),
+        (128, {"causal": True, "window": (70, 0), "softcap": 20.0}),
+        (128, {"segments": True, "deterministic": True}),
+        (256, {"lengths": True}),
+    ):
+        q, k, v, g = (
+            jax.random.normal(jax.random.key(i), (2, 200, heads, size), jnp.bfloat16)
+            for i, heads in enumerate((4, 2, 2, 4))
+        )
+        if keywords.pop("segments", False):
+            keywords["segment_ids"] = jnp.arange(200) // 70
+        if keywords.pop("lengths", False):
+            keywords["q_lengths"] = keywords["kv_lengths"] = jnp.array([131, 200])
+            q, k, v, g = (x.at[0, 131:].set(jnp.nan) for x in (q, k, v, g))
+
+        def attend(q, k, v, keywords=keywords):
+            return jf.flash_attention(q, k, v, implementation="cuda", **keywords)
+
+        out, pullback = jax.vjp(jax.jit(attend), q, k, v)
+        gradients = jax.jit(lambda pull, g: pull(g))(pullback, g)
+        if not all(np.isfinite(np.asarray(x, np.float32)).all() for x in (out, *gradients)):
+            raise AssertionError(f"NaN or Inf at head size {size}")
+
+
+def sanitize(tool: str, kernels: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--kernel-regex",
+        "kns=sm",
+        "--print-limit",
+        "5",
+    ]
+    environment = {
+        "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer=",
+        "JAX_FLASH_KERNELS": kernels,
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.run(
+        [*command, sys.executable, __file__, "--calls"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tools", nargs="*", choices=[*TOOLS, []], default=list(TOOLS))
+    parser.add_argument("--calls", action="store_true", help="only run the calls, without a sanitizer")
+    args = parser.parse_args()
+    if args.calls:
+        calls()
+        return 0
+    jobs = [(tool, name) for tool in args.tools for name in FAMILIES]
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        runs = pool.map(lambda job: sanitize(job[0], FAMILIES[job[1]]), jobs)
+        failed = 0
+        for (tool, name), run in zip(jobs, runs, strict=True):
+            print(f"{tool}, {name}: {'clean' if run.returncode == 0 else f'exit {run.returncode}'}", flush=True)
+            if run.returncode:
+                failed += 1
+                print((run.stdout + run.stderr)[-6000:])
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
