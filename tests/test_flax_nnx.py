@@ -113,6 +113,12 @@ def test_wrong_inputs():
 # What Flax's module lacks
 
 
+def test_lengths():
+    out = make()(X.at[0, 4:].set(jnp.nan), lengths=jnp.array([4, 6]))
+    close(out[0, :4], make()(X[0, :4]))
+    close(out[1], make()(X[1]))
+
+
 def test_structure_equals_dense_masks():
     ids = jnp.array([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 2]])
     same = nnx.make_attention_mask(ids, ids, jnp.equal)

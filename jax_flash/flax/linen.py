@@ -85,8 +85,8 @@ class MultiHeadAttention(nn.MultiHeadAttention):
           segment_ids: `[*B, T]`, or a pair of that and `[*B, S]`: attend within equal ids.
           input_positions: `[T]` or `[*B, T]` for the rotary embedding, by default 0, 1, ..., counted from the cache's
             end when decoding.
-          lengths: `[*B]`, decoding with a ragged cache: how many of the T tokens of each batch entry are real. The
-            others are not seen, and overwritten by the next call.
+          lengths: `[*B]`, how many of the T tokens of each batch entry are real, in self-attention: the others are not
+            seen. Decoding with a ragged cache, the next call overwrites them.
         """
         if inputs_kv is not None:
             if inputs_k is not None or inputs_v is not None:
@@ -129,7 +129,7 @@ class MultiHeadAttention(nn.MultiHeadAttention):
             query, key = norm(name="query_ln")(query), norm(name="key_ln")(key)
         query, key, value = (nn.with_logical_constraint(x, self.qkv_axes) for x in (query, key, value))
 
-        decode_from = decode_to = None
+        decode_from, kv_lengths = None, lengths
         if self.decode:
             batch = key.shape[:-3]
             initialized = self.has_variable("cache", "cached_key")
@@ -148,7 +148,7 @@ class MultiHeadAttention(nn.MultiHeadAttention):
         if decode_from is not None:
             cached_key.value = key = extend_cache(cached_key.value, key, decode_from)
             cached_value.value = value = extend_cache(cached_value.value, value, decode_from)
-            cache_index.value = decode_to = decode_from + (query.shape[-3] if lengths is None else lengths)
+            cache_index.value = kv_lengths = decode_from + (query.shape[-3] if lengths is None else lengths)
 
         if self.dropout_rate > 0.0:
             deterministic = merge_param("deterministic", self.deterministic, deterministic)
@@ -174,7 +174,7 @@ class MultiHeadAttention(nn.MultiHeadAttention):
                 attn_weights_value_einsum=self.attn_weights_value_einsum_cls and self.attn_weights_value_einsum_cls(),
                 q_offset=decode_from,
                 q_lengths=lengths,
-                kv_lengths=decode_to,
+                kv_lengths=kv_lengths,
                 window=self.window,
                 segment_ids=segment_ids,
                 softcap=self.softcap,

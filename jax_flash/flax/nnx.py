@@ -82,8 +82,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
           input_positions: `[T]` or `[*B, T]` for the rotary embedding, by default 0, 1, ..., counted from the cache's
             end when decoding.
           segment_ids: `[*B, T]`, or a pair of that and `[*B, S]`: attend within equal ids.
-          lengths: `[*B]`, decoding with a ragged cache: how many of the T tokens of each batch entry are real. The
-            others are not seen, and overwritten by the next call.
+          lengths: `[*B]`, how many of the T tokens of each batch entry are real, in self-attention: the others are not
+            seen. Decoding with a ragged cache, the next call overwrites them.
         """
         if inputs_k is None:
             if inputs_v is not None:
@@ -102,7 +102,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         query, key, value = (linen.with_logical_constraint(x, self.qkv_axes) for x in (query, key, value))
 
         decode = first_from(decode, self.decode, error_msg="decode: given neither to the module nor to the call")
-        decode_from = decode_to = None
+        decode_from, kv_lengths = None, lengths
         if decode:
             cached_key, cached_value, cache_index = self._cache()
             decode_from = cache_index[...]
@@ -115,7 +115,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         if decode_from is not None:
             cached_key[...] = key = extend_cache(cached_key[...], key, decode_from)
             cached_value[...] = value = extend_cache(cached_value[...], value, decode_from)
-            cache_index[...] = decode_to = decode_from + (query.shape[-3] if lengths is None else lengths)
+            cache_index[...] = kv_lengths = decode_from + (query.shape[-3] if lengths is None else lengths)
 
         dropout_rng = None
         if self.dropout_rate > 0.0:
@@ -142,7 +142,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             **given(
                 q_offset=decode_from,
                 q_lengths=lengths,
-                kv_lengths=decode_to,
+                kv_lengths=kv_lengths,
                 window=self.window,
                 segment_ids=segment_ids,
                 softcap=self.softcap,
