@@ -10,4 +10,4 @@ PATH="$(dirname "$python"):$PATH"
 cmake -S . -B build/native -G Ninja -DPython_EXECUTABLE="$python" \
   ${JAX_FLASH_FFI_INCLUDE:+-DJAX_FLASH_FFI_INCLUDE="$JAX_FLASH_FFI_INCLUDE"} --log-level=WARNING
 cmake --build build/native
-cp build/native/_native*.so jax_flash/
+cp --remove-destination build/native/_native*.so jax_flash/  # a running Python keeps the file it has mapped

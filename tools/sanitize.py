@@ -78,13 +78,13 @@ def sanitize(tool: str, kernels: str) -> subprocess.CompletedProcess[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tools", nargs="*", choices=[*TOOLS, []], default=list(TOOLS))
+    parser.add_argument("tools", nargs="*", help=f"any of {', '.join(TOOLS)} (default: all)")
     parser.add_argument("--calls", action="store_true", help="only run the calls, without a sanitizer")
     args = parser.parse_args()
     if args.calls:
         calls()
         return 0
-    jobs = [(tool, name) for tool in args.tools for name in FAMILIES]
+    jobs = [(tool, name) for tool in args.tools or TOOLS for name in FAMILIES]
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
         runs = pool.map(lambda job: sanitize(job[0], FAMILIES[job[1]]), jobs)
         failed = 0
