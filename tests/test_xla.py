@@ -127,23 +127,31 @@ def test_case_in_another_dtype(name, dtype):
             assert {name: str(x.dtype) for name, x in results.items()} == {n: dtypes.get(n, dtype) for n in results}
 
 
-def test_any_case():
+@pytest.mark.parametrize(
+    "name", ["everything", "sinks of empty rows", "lengths, causal", "queries shared by the batch"]
+)
+def test_case_as_a_public_call(name):
+    case = cases.CASES[name]
+    inputs = case.inputs()
+    cases.check(inputs, **cases.public_results(case, inputs))
+
+
+@pytest.mark.parametrize(("results_of", "examples"), [(pair, EXAMPLES), (differentiated, EXAMPLES // 4)])
+def test_any_case(results_of, examples):
     """Prints its summary (pytest -s)."""
     largest: dict[str, np.ndarray] = {}
 
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(any_case())
     def holds(case):
         inputs = case.inputs()
-        errors = cases.check(inputs, **pair(inputs))
-        errors |= {f"{name}, by JAX": error for name, error in cases.check(inputs, **differentiated(inputs)).items()}
-        for name, error in errors.items():
-            largest[name] = np.maximum(largest.get(name, np.zeros(2)), error)
+        for name, errors in cases.check(inputs, **results_of(inputs)).items():
+            largest[name] = np.maximum(largest.get(name, np.zeros(2)), errors)
 
     holds()
-    print(f"\n{EXAMPLES} calls: largest error, largest error of plain float32 attention")
+    print(f"\n{examples} calls, {results_of.__name__}: largest error, largest error of plain float32 attention")
     for name, (error, plain) in largest.items():
-        print(f"{name:15} {error:.2e} {plain:.2e}")
+        print(f"{name:6} {error:.2e} {plain:.2e}")
 
 
 @pytest.mark.parametrize(
