@@ -1,9 +1,12 @@
 #include "buffers.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <vector>
+
+#include "sm90/fp8_args.h"
 
 namespace jf {
 namespace {
@@ -59,15 +62,25 @@ class Binder {
       : args_(args), results_(results), launch_(*launch), spec_(launch->call.spec), problem_(launch->call.problem) {}
 
   void Bind() {
+    switch (launch_.call.direction) {
+      case Direction::kQuantize:
+        BindQuantize();
+        break;
+      case Direction::kForwardFp8:
+        BindForwardFp8();
+        break;
+      default:
+        BindAttention();
+    }
+  }
+
+ private:
+  void BindAttention() {
     const Array q = Next("query"), k = Next("key"), v = Next("value");
     const bool forward = launch_.call.direction == Direction::kForward;
     const Array out = forward ? NextResult("out") : Next("out");
     const Array lse = forward ? NextResult("lse") : Next("lse");
-    out.Expect(out.rank() >= 3, "rank");
-    for (int axis = 0; axis + 3 < out.rank(); ++axis) leading_.push_back(out.size(axis));
-    int64_t batch = 1;
-    for (int64_t size : leading_) batch *= size;
-    out.Expect(batch == problem_.batch, "shape");
+    BindLeading(out);
 
     Buffers& buffers = launch_.buffers;
     buffers.q = Heads(q, problem_.q_len, problem_.q_heads, spec_.head_dim, &problem_.q_batch);
@@ -96,12 +109,81 @@ class Binder {
                    "shape");
       buffers.dbias = dbias.data();
     }
-    const Array scratch = NextResult("scratch");
-    scratch.Expect(scratch.bytes() >= launch_.plan->scratch_bytes, "size");
-    buffers.scratch = static_cast<unsigned char*>(scratch.data());
+    BindScratch();
   }
 
- private:
+  // Batch axes of query, key and value: each is full in one of them at least.
+  void BindQuantize() {
+    const Array q = Next("query"), k = Next("key"), v = Next("value");
+    q.Expect(q.rank() >= 3 && k.rank() == q.rank() && v.rank() == q.rank(), "rank");
+    for (int axis = 0; axis + 3 < q.rank(); ++axis) {
+      leading_.push_back(std::max({q.size(axis), k.size(axis), v.size(axis)}));
+    }
+    Buffers& buffers = launch_.buffers;
+    buffers.q = Heads(q, problem_.q_len, problem_.q_heads, spec_.head_dim, &problem_.q_batch);
+    buffers.k = Heads(k, problem_.kv_len, problem_.kv_heads, spec_.head_dim, &problem_.k_batch);
+    buffers.v = Heads(v, problem_.kv_len, problem_.kv_heads, spec_.value_dim, &problem_.v_batch);
+    BindFeatures();
+    BindFp8([&](const char* name) { return NextResult(name); });
+    BindScratch();
+  }
+
+  void BindForwardFp8() {
+    const Array out = NextResult("out");
+    BindLeading(out);
+    BindFp8([&](const char* name) { return Next(name); });
+    BindFeatures();
+    if (next_arg_ != args_.size()) throw Error("the custom call has more operands than its attributes name");
+    launch_.buffers.out = FullHeads(out, problem_.q_len, problem_.q_heads, spec_.value_dim, launch_.call.out_dtype);
+    launch_.buffers.lse = FullRows(NextResult("lse"));
+    BindScratch();
+  }
+
+  // jax_flash.fp8.Quantized.
+  template <typename NextArray>
+  void BindFp8(NextArray next) {
+    Fp8Buffers& fp8 = launch_.buffers.fp8;
+    const Array q = next("query"), k = next("key"), v = next("value");
+    const auto blocks = [](int length) { return CeilDiv(length, kScaleBlock); };
+    const int64_t head = q.size(q.rank() - 1);
+    const auto bind = [&](const Array& array, std::initializer_list<int64_t> sizes, BatchMap* batch) {
+      array.ExpectType(ffi::DataType::F8E4M3FN);
+      array.ExpectSizes(leading(), sizes);
+      *batch = Map(array);
+      return array.data();
+    };
+    fp8.q = bind(q, {problem_.q_len, problem_.q_heads, head}, &problem_.q_batch);
+    fp8.k = bind(k, {problem_.kv_len, problem_.kv_heads, head}, &problem_.k_batch);
+    fp8.v = bind(v, {problem_.kv_heads, blocks(problem_.kv_len) * kScaleBlock / kValueChunk, head * kValueChunk},
+                 &problem_.v_batch);
+    const auto bind_scales = [&](const char* name, int heads, int length, const BatchMap& like) {
+      const Array scales = next(name);
+      scales.ExpectType(ffi::DataType::F32);
+      scales.ExpectSizes(leading(), {heads, blocks(length)});
+      const BatchMap batch = Map(scales);
+      scales.Expect(batch.div == like.div && batch.mod == like.mod, "shape");
+      return static_cast<float*>(scales.data());
+    };
+    fp8.q_scale = bind_scales("query_scale", problem_.q_heads, problem_.q_len, problem_.q_batch);
+    fp8.k_scale = bind_scales("key_scale", problem_.kv_heads, problem_.kv_len, problem_.k_batch);
+    fp8.v_scale = bind_scales("value_scale", problem_.kv_heads, problem_.kv_len, problem_.v_batch);
+  }
+
+  // The full batch axes, as `out` has them.
+  void BindLeading(const Array& out) {
+    out.Expect(out.rank() >= 3, "rank");
+    for (int axis = 0; axis + 3 < out.rank(); ++axis) leading_.push_back(out.size(axis));
+    int64_t batch = 1;
+    for (int64_t size : leading_) batch *= size;
+    out.Expect(batch == problem_.batch, "shape");
+  }
+
+  void BindScratch() {
+    const Array scratch = NextResult("scratch");
+    scratch.Expect(scratch.bytes() >= launch_.plan->scratch_bytes, "size");
+    launch_.buffers.scratch = static_cast<unsigned char*>(scratch.data());
+  }
+
   // In the order of jax_flash.spec.Operands.
   void BindFeatures() {
     Features& features = launch_.features;
@@ -165,7 +247,10 @@ class Binder {
 
   // [*B, length, heads, size] with full batch axes.
   void* FullHeads(const Array& array, int length, int heads, int size) const {
-    array.ExpectType(ElementType(spec_.dtype));
+    return FullHeads(array, length, heads, size, spec_.dtype);
+  }
+  void* FullHeads(const Array& array, int length, int heads, int size, DType dtype) const {
+    array.ExpectType(ElementType(dtype));
     array.ExpectSizes(leading(), {length, heads, size});
     ExpectFull(array);
     return array.data();

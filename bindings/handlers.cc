@@ -177,6 +177,8 @@ const std::vector<Registration>& Registrations() {
       Register<Direction::kForward>("jax_flash_forward"),
       Register<Direction::kBackward>("jax_flash_backward"),
       Register<Direction::kBiasGradient>("jax_flash_bias_gradient"),
+      Register<Direction::kQuantize>("jax_flash_quantize"),
+      Register<Direction::kForwardFp8>("jax_flash_forward_fp8"),
   };
   return registrations;
 }

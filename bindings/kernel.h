@@ -40,7 +40,7 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class Direction { kForward, kBackward, kBiasGradient };
+enum class Direction { kForward, kBackward, kBiasGradient, kQuantize, kForwardFp8 };
 
 // One custom call as a planner sees it: everything but the arrays.
 struct Call {
@@ -49,6 +49,8 @@ struct Call {
   Problem problem;  // its batch maps depend on the arrays: set at launch only
   int kv_splits;    // forward: parts of the key sequence to compute apart, as asked for
   int arch;         // compute capability, 10 * major + minor
+  DType out_dtype;  // kForwardFp8: of out
+  bool rotate;      // kQuantize: query and key
 };
 
 // One kernel to compile.
@@ -100,6 +102,12 @@ struct Refusal {
 using Planned = std::variant<Plan, Refusal>;
 using Planner = Planned (*)(const Call&);
 
+// Query, key and value in 8 bits with their scales: what kQuantize makes and kForwardFp8 takes. See sm90/fp8_args.h.
+struct Fp8Buffers {
+  void *q, *k, *v;
+  float *q_scale, *k_scale, *v_scale;
+};
+
 // The arrays of a call on the device; null where the direction has none. Backward directions read out and lse.
 struct Buffers {
   const void *q, *k, *v;
@@ -109,6 +117,7 @@ struct Buffers {
   const float* dlse;
   void *dq, *dk, *dv;
   void* dbias;  // shape and strides of Features::bias
+  Fp8Buffers fp8;
   unsigned char* scratch;
 };
 
@@ -181,5 +190,7 @@ Planned PlanSm80Forward(const Call& call);
 Planned PlanSm80Backward(const Call& call);
 Planned PlanSm80BiasGradient(const Call& call);
 Planned PlanSm90Backward(const Call& call);
+Planned PlanSm90ForwardFp8(const Call& call);
+Planned PlanQuantize(const Call& call);
 
 }  // namespace jf

@@ -25,6 +25,8 @@ const std::vector<Row>& Table() {
       {"sm90", Direction::kBackward, 90, 90, PlanSm90Backward},
       {"sm80", Direction::kBackward, 80, 129, PlanSm80Backward},
       {"sm80", Direction::kBiasGradient, 80, 129, PlanSm80BiasGradient},
+      {"sm90", Direction::kQuantize, 90, 90, PlanQuantize},
+      {"sm90", Direction::kForwardFp8, 90, 90, PlanSm90ForwardFp8},
   };
   return table;
 }
@@ -66,6 +68,8 @@ Direction DirectionOf(std::string_view target) {
   if (target == "jax_flash_forward") return Direction::kForward;
   if (target == "jax_flash_backward") return Direction::kBackward;
   if (target == "jax_flash_bias_gradient") return Direction::kBiasGradient;
+  if (target == "jax_flash_quantize") return Direction::kQuantize;
+  if (target == "jax_flash_forward_fp8") return Direction::kForwardFp8;
   throw Error("unknown custom call " + std::string(target));
 }
 
@@ -106,8 +110,11 @@ Call DecodeCall(Direction direction, const Attributes& attributes) {
   spec.sinks = attributes.Flag("sinks");
   spec.dropout = dropout_rate > 0;
   spec.grouped = problem.q_heads != problem.kv_heads;
-  spec.lse_cotangent = direction != Direction::kForward && attributes.Flag("lse_cotangent");
+  const bool backward = direction == Direction::kBackward || direction == Direction::kBiasGradient;
+  spec.lse_cotangent = backward && attributes.Flag("lse_cotangent");
   spec.deterministic = attributes.Flag("deterministic");
+  if (direction == Direction::kForwardFp8) call.out_dtype = DecodeDType(attributes.Text("out_dtype"));
+  if (direction == Direction::kQuantize) call.rotate = attributes.Flag("rotate");
   return call;
 }
 
@@ -129,6 +136,8 @@ std::string CallKey(const Call& call) {
   append(call.direction);
   append(call.kv_splits);
   append(call.arch);
+  append(call.out_dtype);
+  append(call.rotate);
   return key;
 }
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_flash import custom_call
-from jax_flash.spec import AttentionSpec, Operands
+from jax_flash import custom_call, fp8
+from jax_flash.spec import AttentionSpec, Fp8, Operands
 
 Implementation = Literal["xla", "cuda"] | None
 Window = int | tuple[int | None, int | None] | None
@@ -46,7 +46,7 @@ def flash_attention(
     broadcast_dropout: bool = False,
     return_lse: bool = False,
     deterministic: bool = False,
-    precision: None = None,
+    precision: Fp8 | None = None,
     implementation: Implementation = None,
 ) -> Any:
     """Exact attention in O(T) memory: softmax(scale * q k^T + ...) v.
@@ -76,7 +76,7 @@ def flash_attention(
       broadcast_dropout: drop the same pairs in all batch entries and heads, as Flax does by default.
       return_lse: also return the log-sum-exp of the scores, float32 [*B, N, T]; differentiable.
       deterministic: gradients bit-identical from run to run.
-      precision: None.
+      precision: `jax_flash.Fp8(...)`: the forward pass on 8-bit floating point. Gradients are those of the dtype.
       implementation: None: the kernel where the program is compiled for a GPU that has one, else XLA. "cuda": the
         kernel, or an error that says why not. "xla": plain JAX, differentiable to any order and in forward mode.
 
@@ -92,6 +92,39 @@ def flash_attention(
     return_lse = _flag("return_lse", return_lse)
     out, lse = _attend(spec, _path(implementation), return_lse, q, k, v, operands)
     return (out, lse) if return_lse else out
+
+
+def quantized_attention(
+    quantized: fp8.Quantized,
+    *,
+    value_size: int | None = None,
+    dtype: Any = jnp.bfloat16,
+    return_lse: bool = False,
+    implementation: Implementation = None,
+    **options: Any,
+) -> Any:
+    """`flash_attention` on query, key and value that are quantised already: `fp8.quantize`, `fp8.from_tensors`.
+
+    Without gradients, and not partitioned over devices by itself (shard_map does it).
+
+    Args:
+      quantized: see `fp8.Quantized`.
+      value_size: head size of the result, at most that of the quantised value (None: all of it).
+      dtype: of the result, float16 or bfloat16.
+      return_lse, implementation: as in `flash_attention`.
+      options: `flash_attention`'s other arguments. The default scale is that of the padded head size: pass `scale` for
+        head sizes other than 64, 128 and 256.
+
+    Returns:
+      out [*B, T, N, value_size], or (out, lse).
+    """
+    *batch, s, heads, size = quantized.key.shape
+    query = jax.ShapeDtypeStruct(quantized.query.shape, jnp.dtype(dtype))
+    key = jax.ShapeDtypeStruct((*batch, s, heads, size), query.dtype)
+    value = jax.ShapeDtypeStruct((*batch, s, heads, size if value_size is None else value_size), query.dtype)
+    spec, _, _, _, operands = _canonical(query, key, value, precision=Fp8(), **options)
+    out, lse = fp8.attend(spec, _path(implementation), quantized, operands, query.dtype, value.shape[-1])
+    return (out, lse) if _flag("return_lse", return_lse) else out
 
 
 def dot_product_attention(
@@ -250,8 +283,8 @@ def _canonical(
     """`flash_attention`'s arguments, checked: spec, query, key, value, operands with all batch axes."""
     q, k, v = _query_key_value(query, key, value)
     batch, (t, n, head_size), s = q.shape[:-3], q.shape[-3:], k.shape[-3]
-    if precision is not None:
-        raise ValueError(f"precision: expected None, got {precision!r}")
+    if not (precision is None or isinstance(precision, Fp8)):
+        raise ValueError(f"precision: expected None or jax_flash.Fp8(...), got {precision!r}")
     dropout_rate = _number("dropout_rate", dropout_rate)
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate: expected a number in [0, 1), got {dropout_rate}")
@@ -264,6 +297,7 @@ def _canonical(
         softcap=0.0 if softcap is None else _positive("softcap", softcap),
         dropout_rate=dropout_rate,
         deterministic=_flag("deterministic", deterministic),
+        precision=precision,
     )
     q_ids, kv_ids = _segment_ids(segment_ids, batch, t, s)
     dropout = _dropout(dropout_rng, batch, n, _flag("broadcast_dropout", broadcast_dropout)) if dropout_rate > 0 else {}
@@ -316,7 +350,7 @@ def _show(shape: Sequence[int | str]) -> str:
 
 def _array(name: str, value: Any, kind: Any = None) -> Any:
     try:
-        x = jnp.asarray(value)
+        x = value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}") from error
     if kind is not None and not jnp.issubdtype(x.dtype, kind):

@@ -29,7 +29,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_flash import xla
+from jax_flash import fp8, xla
 from jax_flash.extension import native
 from jax_flash.spec import TRAILING_AXES, WITHOUT_BATCH, AttentionSpec, Operands, batch_shape
 
@@ -48,7 +48,7 @@ class Call:
 
     direction: str  # "forward", "backward", "bias_gradient"
     spec: AttentionSpec
-    path: str  # "kernel": CUDA only; "any": the kernel on CUDA where there is one, else the tiles of xla.py
+    path: str  # "kernel": CUDA only; "any": the kernel on CUDA where there is one, else "tiles": those of xla.py
     names: tuple[str, ...]  # of the arrays it takes
 
     @property
@@ -57,7 +57,11 @@ class Call:
 
     @property
     def target(self) -> str:
-        return f"jax_flash_{self.direction}"
+        return "jax_flash_forward_fp8" if self.quantizes else f"jax_flash_{self.direction}"
+
+    @property
+    def quantizes(self) -> bool:
+        return self.direction == "forward" and self.spec.precision is not None
 
     @property
     def title(self) -> str:
@@ -68,6 +72,8 @@ class Call:
 
     def attributes(self, arrays: Sequence[Any]) -> dict[str, Any]:
         q, k, v = arrays[:3]
+        if self.quantizes:
+            return fp8.forward_attributes(self.spec, q, k, v, self.operands(arrays), q.dtype)
         attributes = self.spec.attributes(q, k, v, self.operands(arrays))
         return attributes if self.direction == "forward" else attributes | {"lse_cotangent": "dlse" in self.names}
 
@@ -151,6 +157,9 @@ def _fill_gaps(name: str, x: Any, batch: tuple[int, ...]) -> Any:
 def _kernel(call: Call, *arrays: Any) -> tuple[Any, ...]:
     batch = batch_shape(*arrays[:3])
     dense = tuple(_fill_gaps(name, x, batch) for name, x in zip(call.names, arrays, strict=True))
+    if call.quantizes:
+        q, k, v = dense[:3]
+        return fp8.kernel(call.spec, q, k, v, call.operands(dense))
     attributes = call.attributes(dense)
     results = [
         (shape, np.float32 if name == "lse" else arrays[0].dtype)
@@ -171,6 +180,8 @@ def _kernel(call: Call, *arrays: Any) -> tuple[Any, ...]:
 def _tiles(call: Call, *arrays: Any) -> tuple[Any, ...]:
     operands = call.operands(arrays)
     q, k, v = arrays[:3]
+    if call.quantizes:
+        return fp8.tiles(call.spec, q, k, v, operands)
     if call.direction == "forward":
         return tuple(xla.forward(call.spec, q, k, v, operands))
     out, lse, dout = arrays[3:6]
@@ -196,7 +207,7 @@ mlir.register_lowering(_cuda_only, _refuse_platform)
 @functools.partial(jax.jit, static_argnums=0)
 def _per_device(call: Call, *arrays: Any) -> tuple[Any, ...]:
     """Jitted so that a signature is traced once, and as custom_partitioning takes no function that holds constants."""
-    reason = _plan(call, arrays).get("reason")
+    reason = "as asked for" if call.path == "tiles" else _plan(call, arrays).get("reason")
     if reason and call.path == "kernel":
         raise NotImplementedError(f"implementation='cuda': no kernel for the {call.title} of this call: {reason}")
     if reason:
@@ -512,6 +523,8 @@ def _attend(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any,
     def named(arrays: Sequence[Any]) -> Operands:
         return Operands(**dict(zip(present, arrays, strict=True)))
 
+    if path == "xla" and spec.precision:
+        path = "tiles"  # rounding has no derivative: the gradients are those of the unrounded call
     if path == "xla":
 
         def plain(q: Any, k: Any, v: Any, *operands: Any) -> Any:

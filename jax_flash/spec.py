@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -73,6 +73,24 @@ def batch_shape(q: Any, k: Any, v: Any) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fp8:
+    """Attention on 8-bit floating point (e4m3): how query, key and value are quantised. See jax_flash/fp8.py.
+
+    rotate: query and key by the same random-sign Hadamard matrix, which spreads outliers and cancels in their product.
+    scales, value_scales: one for each block of 32 tokens of a head, each head, or the whole array.
+    """
+
+    rotate: bool = True
+    scales: Literal["block", "head", "tensor"] = "block"
+    value_scales: Literal["block", "head", "tensor"] = "block"
+
+    def __post_init__(self):
+        for name in ("scales", "value_scales"):
+            if getattr(self, name) not in ("block", "head", "tensor"):
+                raise ValueError(f"{name}: expected 'block', 'head' or 'tensor', got {getattr(self, name)!r}")
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """What one attention call computes. Sizes and dtypes are not part of it: they come from the arrays."""
 
@@ -84,6 +102,7 @@ class AttentionSpec:
     dropout_rate: float = 0.0
     deterministic: bool = False
     kv_splits: int = 1  # forward only: parts of the key sequence computed apart and combined by lse
+    precision: Fp8 | None = None  # forward only: the backward takes query, key and value as they are
 
     def attributes(self, q, k, v, operands: Operands) -> dict[str, Any]:
         """Attributes of the custom call on these (per-device) arrays: [*B, T, N, H], [*B, S, K, H], [*B, S, K, Hv]."""

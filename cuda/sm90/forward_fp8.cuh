@@ -1,0 +1,544 @@
+// Attention forward on e4m3 operands for Hopper: TMA, wgmma, warp specialisation.
+//
+//   s = unit * (q' . k'),  unit = scale * q_scale * k_scale        one q_scale and k_scale for kScaleBlock tokens
+//   p = 2^(s log2 e + log2 v_scale - m + 4), rounded to e4m3       m an integer, above the maximum up to a factor 2^4
+//   out = sum(p v') / sum(p / v_scale),  lse = log sum exp(s)
+//
+// Grid: one block a multiprocessor; a work item is a (query tile, head, batch entry). The first is the block's own
+// index, the next ones come from a counter. Full attention: tiles of a head side by side. Causal: inside sections of
+// heads whose keys and values share the L2, tiles with the most keys first. Key tiles are walked from the last to the
+// first.
+//
+// Block: one producer warpgroup (one thread issues every load) and kGroups = queries / 64 consumer warpgroups.
+// A consumer computes S(n-1) = Q K(n-1)^T and O += P(n) V(n) in one batch of wgmma, waits for both, and turns S(n-1)
+// into P(n-1). What hides its waits are the other groups.
+//
+//   head   tile        groups  registers   stages
+//   64     192 x 128   3       32 + 3*160  4
+//   128    192 x 96    3       32 + 3*160  4
+//   256    128 x 128   2       24 + 2*240  2       (scores with features: 128 x 96 or 128 x 64 with two groups)
+//
+//   shared memory   Q queries x head | out queries x head (16-bit) | K stages x keys x head | V stages x keys x head
+//   Q, K: rows of 128 (64) bytes, swizzled; V: [keys / 16, head, 16], whose 128-byte core matrices wgmma reads
+//   unswizzled. Inside 16 keys V is permuted so that accumulator registers of S, converted in place, are the A operand
+//   of P V.
+//
+//   barrier     arrives                     waits
+//   q_full      producer + TMA              consumers, before a tile's first product
+//   q_free      each group                  producer: all groups have read Q of the item before
+//   k/v_full    producer + TMA              consumers
+//   slot_free   each group                  producer: all groups are done with K, V and scales of the slot
+//   item_full   producer                    consumers: the index of the next item is there
+//   item_free   each group                  producer: all are done with the item before, and so with its index
+//
+// Softmax: the maximum is not computed for each tile. Exponentials go ahead with the m of the tiles before; if any sum
+// of 8 of them reaches 2^8 (e4m3 ends at 448), the warp finds the true maximum, raises m and does the tile again. So a
+// tile costs one FMA, one exponential, one addition and half a conversion an element. m is an integer: rescaling is
+// exact, and the rounding of p does not depend on the order of tiles.
+//
+// Numerics: products of e4m3 are exact; wgmma keeps about 14 bits of their sums; softmax, sums and rescaling in fp32.
+// Limits: head sizes up to 256, value not wider than the tile's head, no dropout.
+#include "pieces/score.cuh"
+#include "sm90/fp8_args.h"
+#include "sm90/ptx.cuh"
+
+namespace jf {
+
+constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys, kHead = kTiles.head, kStages = kTiles.stages;
+constexpr int kGroups = kQueries / 64;
+constexpr int kThreads = 128 * (kGroups + 1);
+constexpr int kProducerRegisters = kGroups == 2 ? 24 : 32, kConsumerRegisters = kGroups == 2 ? 240 : 160;
+constexpr int kScores = kKeys / 2, kOutputs = kHead / 2;  // accumulator registers of a thread
+constexpr int kBlocks = kKeys / kScaleBlock;              // scales of a key tile; 8 scores of a row each, in a thread
+constexpr int kRowBytes = kHead < 128 ? kHead : 128;      // of a swizzled row of Q and K
+constexpr int kAtoms = kHead / kRowBytes;                 // such rows in a row of Q or K
+constexpr int kLag = 4;                                   // steps between the stages of the exponentials' pipeline
+constexpr int kTileBytes = kKeys * kHead;
+constexpr float kTop = 4.f;         // p is 2^kTop where the score is m
+constexpr float kOverflow = 256.f;  // of a sum of 8 values of p: then none exceeds what e4m3 holds
+// Least k_scale, and least factor of it: their product times a score, -inf included, is never NaN.
+constexpr float kLeastKeyScale = 1.f / (1ull << 58), kLeastFactor = 1.f / (1ull << 63);
+constexpr float kNothingSeen = -1e30f;  // offset of a row that has seen no key: any visible score overflows
+static_assert(kGroups == 2 || kGroups == 3);
+static_assert((kStages & (kStages - 1)) == 0);
+static_assert(kProducerRegisters + kGroups * kConsumerRegisters <= (kGroups == 2 ? 3 * 168 : 4 * 128),
+              "what the launch allots");
+static_assert(kHead == 64 || kHead == 128 || kHead == 256);
+static_assert(kKeys % kScaleBlock == 0 && kSpec.head_dim == kHead && kSpec.value_dim <= kHead && !kSpec.dropout);
+
+// Of kScaleBlock keys.
+struct alignas(8) BlockScale {
+  float key;
+  float lift;  // log2 of the value's scale, an integer
+};
+
+struct alignas(1024) Shared {
+  unsigned char q[kQueries * kHead];
+  unsigned char out[kQueries * kHead * 2];
+  unsigned char k[kStages][kTileBytes];
+  unsigned char v[kStages][kTileBytes];
+  BlockScale scales[kStages][kBlocks];
+  u64 q_full, q_free, item_full, item_free;
+  u64 k_full[kStages], v_full[kStages], slot_free[kStages];
+  int items[2];  // index of the item of each parity
+};
+static_assert(sizeof(Shared) <= 232448);
+
+// How far a role has come, in one register: the key tiles it has passed, each with a slot of the ring of K and V and
+// the parity of the pass over the ring, and in the top bit the parity of the item.
+struct Progress {
+  u32 count;
+  JF_DEVICE u32 slot() const { return count % kStages; }
+  JF_DEVICE u32 pass() const { return count / kStages % 2; }
+  JF_DEVICE u32 item() const { return count >> 31; }
+  JF_DEVICE void next_tile() { count++; }
+  JF_DEVICE void next_item() { count ^= 1u << 31; }
+};
+
+struct Item {
+  int row0, head, kv_head, batch;
+  Range key_tiles;
+  IdBounds q_ids;  // with segment ids
+};
+
+JF_DEVICE Item item_of(const Sm90Fp8Args& args, int index) {
+  const Problem& p = args.problem;
+  int tile, pair;
+  if constexpr (kSpec.causal) {
+    const int per_section = args.section * args.q_tiles, section = index / per_section, inside = index % per_section;
+    const int width = min(args.section, args.items / args.q_tiles - section * args.section);
+    pair = section * args.section + inside % width;
+    tile = args.q_tiles - 1 - inside / width;
+  } else {
+    pair = index / args.q_tiles;
+    tile = index % args.q_tiles;
+  }
+  Item item;
+  item.row0 = tile * kQueries;
+  item.head = pair % p.q_heads;
+  item.batch = pair / p.q_heads;
+  item.kv_head = kSpec.grouped ? item.head / (p.q_heads / p.kv_heads) : item.head;
+  item.key_tiles = tiles_of(band_of(p, args.features, item.batch).keys_of(item.row0, kQueries), kKeys);
+  if constexpr (kSpec.segment_ids) {
+    const long long at = static_cast<long long>(item.batch) * args.q_tiles + tile;
+    item.key_tiles = meet(item.key_tiles, args.segments.key_tiles[at]);
+    item.q_ids = args.segments.q_bounds[at];
+  }
+  return item;
+}
+
+// Matrix descriptors of wgmma: the low half holds the address in units of 16 bytes and one stride, the high half the
+// other stride and the swizzle. Steps along the rows, and slots, add to the low half.
+//   Q, K  rows of kRowBytes, swizzled over 8 of them
+//   V     core matrices of 8 x 16 bytes, packed along the head, kHead * 16 bytes apart along the keys
+constexpr u32 kRowsHigh = 8 * kRowBytes / 16 | (kRowBytes == 128 ? 1u : 2u) << 30, kValuesHigh = 128 / 16;
+JF_DEVICE u32 rows_low(u32 address) { return address / 16 | 1u << 16; }
+JF_DEVICE u32 values_low(u32 address) { return address / 16 | (kHead * kValueChunk / 16) << 16; }
+JF_DEVICE u64 descriptor(u32 low, u32 high) { return static_cast<u64>(high) << 32 | low; }
+
+// The same value, of unknown origin: what is computed from it stays where it is written, instead of in registers that
+// live through the loop.
+template <class T>
+JF_DEVICE T afresh(T x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// S = Q K^T of 64 queries. q, k: low halves of descriptors.
+JF_DEVICE void scores(float (&s)[kScores], u32 q, u32 k) {
+  q = afresh(q);
+#pragma unroll
+  for (int step = 0; step < kHead / 32; step++) {
+    const u32 atom = step * 32 / kRowBytes, column = step * 32 % kRowBytes;
+    wgmma<DType::kE4M3>(s, descriptor(q + (atom * kQueries * kRowBytes + column) / 16, kRowsHigh),
+                        descriptor(k + (atom * kKeys * kRowBytes + column) / 16, kRowsHigh), step != 0);
+  }
+}
+
+// O += P V, O = P V if `first`.
+JF_DEVICE void accumulate(float (&o)[kOutputs], const u32 (&p)[kScores / 4], u32 v, bool first) {
+#pragma unroll
+  for (int step = 0; step < kKeys / 32; step++) {
+    wgmma<DType::kE4M3>(o, p + 4 * step, descriptor(v + step * 32 * kHead / 16, kValuesHigh), !first || step != 0);
+  }
+}
+
+// First scale of a head.
+JF_DEVICE const float* scales_of(const float* scales, int b, int heads, int head, int blocks) {
+  return scales + (static_cast<long long>(b) * heads + head) * blocks;
+}
+
+// Arithmetic in program order. The compiler's own order puts each conversion right behind its exponentials, and the
+// warp waits for every one of them.
+JF_DEVICE float fma_ordered(float a, float b, float c) {
+  float y;
+  asm volatile("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+  return y;
+}
+JF_DEVICE float add_ordered(float a, float b) {
+  float y;
+  asm volatile("add.rn.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+JF_DEVICE float exp2_ordered(float x) {
+  float y;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+JF_DEVICE u32 pack_e4m3_ordered(const float* x) {
+  u32 r;
+  asm volatile(
+      "{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}"
+      : "=r"(r)
+      : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
+  return r;
+}
+
+// 2^-e of an integer e, from e itself: a register less than keeping both.
+JF_DEVICE float inverse_power(float e) {
+  const u32 bits = __float_as_int(e + 12582912.f);  // 1.5 * 2^23: e stands in the low bits
+  return __int_as_float(0x3f800000 - (bits << 23));
+}
+
+struct Fp8Softmax {
+  float offset[2];  // m - kTop of the thread's two rows
+  float sum[2];     // of p / v_scale over this thread's columns
+
+  JF_DEVICE void reset() {
+#pragma unroll
+    for (int r = 0; r < 2; r++) offset[r] = kNothingSeen, sum[r] = 0.f;
+  }
+
+  // Scores become p; unit takes each score to log2 units. Returns whether m was raised: then O must be multiplied by
+  // `rescale`.
+  JF_DEVICE bool step(const float (&s)[kScores], const float (&unit)[kBlocks], const BlockScale* scales,
+                      u32 (&p)[kScores / 4], float (&rescale)[2]) {
+    float tile_sum[2];
+    bool raised = false;
+    while (true) {
+      const float largest = exponentials(s, unit, scales, p, tile_sum);
+      if (raised || !__any_sync(~0u, largest >= kOverflow)) break;
+      raise(s, unit, scales, rescale);
+      raised = true;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) sum[r] += tile_sum[r];
+    return raised;
+  }
+
+ private:
+  // Value n in the order of p's bytes: of row n / 4 % 2, from register `score_of(n)` of the scores, of block n / 16.
+  static constexpr JF_HOST_DEVICE int row_of(int n) { return n / 4 % 2; }
+  static constexpr JF_HOST_DEVICE int score_of(int n) {
+    return n / 16 * 16 + n / 8 % 2 * 8 + n / 4 % 2 * 2 + n % 2 + n / 2 % 2 * 4;
+  }
+
+  // p, the sums of p / v_scale, and (as the result) the largest sum of 8 values of p. In a software pipeline over
+  // chunks of 8: exponents of one, exponentials of the one before, sums and conversions of the one before that.
+  JF_DEVICE float exponentials(const float (&s)[kScores], const float (&unit)[kBlocks], const BlockScale* scales,
+                               u32 (&p)[kScores / 4], float (&sums)[2]) const {
+    float x[kScores], part[2], largest = 0.f;
+    sums[0] = sums[1] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kScores + 2 * kLag; i++) {
+      if (const int n = i; n < kScores) {
+        x[n] = fma_ordered(s[score_of(n)], unit[n / 16], scales[n / 16].lift - offset[row_of(n)]);
+      }
+      if (const int n = i - kLag; n >= 0 && n < kScores) x[n] = exp2_ordered(x[n]);
+      if (const int n = i - 2 * kLag; n >= 0) {
+        float& sum = part[row_of(n)];
+        sum = n % 16 == 0 || n % 16 == 4 ? x[n] : add_ordered(sum, x[n]);
+        if (n % 4 == 3) p[n / 4] = pack_e4m3_ordered(&x[n - 3]);
+        if (n % 16 == 11 || n % 16 == 15) {  // 8 of the row
+          sums[row_of(n)] = fmaf(sum, inverse_power(scales[n / 16].lift), sums[row_of(n)]);
+          largest = fmaxf(largest, sum);
+        }
+      }
+    }
+    return largest;
+  }
+
+  JF_DEVICE void raise(const float (&s)[kScores], const float (&unit)[kBlocks], const BlockScale* scales,
+                       float (&rescale)[2]) {
+    float highest[2] = {-infinity(), -infinity()};
+#pragma unroll
+    for (int i = 0; i < kScores; i++) {
+      float& row = highest[fragment_row(i)];
+      row = fmaxf(row, fmaf(s[i], unit[i / 16], scales[i / 16].lift));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const float raised = fmaxf(offset[r], ceilf(row_maximum(highest[r])) - kTop);
+      rescale[r] = exp2_fast(offset[r] - raised);
+      offset[r] = raised;
+      sum[r] *= rescale[r];
+    }
+  }
+};
+
+// Loads of every item this block takes, and the taking of items: one warp.
+JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
+  const Problem& p = args.problem;
+  const bool leads = threadIdx.x == 0;
+  const int blocks = ceil_div(p.kv_len, kScaleBlock);
+  const u32 q_full = shared_address(&shared.q_full);
+  Progress at = {0};
+  for (int index = blockIdx.x; index < args.items; at.next_item()) {
+    const Item item = item_of(args, index);
+    const int k_entry = p.k_batch(item.batch), v_entry = p.v_batch(item.batch);
+    const float* k_scales = scales_of(args.k_scale, k_entry, p.kv_heads, item.kv_head, blocks);
+    const float* v_scales = scales_of(args.v_scale, v_entry, p.kv_heads, item.kv_head, blocks);
+    barrier_wait(shared_address(&shared.q_free), at.item() ^ 1);
+    if (leads) {
+      barrier_arrive_expect(q_full, kQueries * kHead);
+#pragma unroll
+      for (int atom = 0; atom < kAtoms; atom++) {
+        tma_load(shared_address(shared.q) + atom * kQueries * kRowBytes, args.q, q_full, atom * kRowBytes, item.head,
+                 item.row0, p.q_batch(item.batch));
+      }
+    }
+#pragma unroll 1
+    for (int n = item.key_tiles.end - 1; n >= item.key_tiles.begin; n--, at.next_tile()) {
+      const u32 k_full = shared_address(&shared.k_full[at.slot()]), v_full = shared_address(&shared.v_full[at.slot()]);
+      const int block = min(n * kBlocks + lane_id(), blocks - 1);
+      const float k_scale = __ldg(k_scales + block), v_scale = __ldg(v_scales + block);
+      barrier_wait(shared_address(&shared.slot_free[at.slot()]), at.pass() ^ 1);
+      if (lane_id() < kBlocks) {
+        shared.scales[at.slot()][lane_id()] = {fmaxf(k_scale, kLeastKeyScale), log2_fast(v_scale)};
+      }
+      __syncwarp();  // before the leader's arrival, which hands the scales over
+      if (leads) {
+        barrier_arrive_expect(k_full, kTileBytes);
+#pragma unroll
+        for (int atom = 0; atom < kAtoms; atom++) {
+          tma_load(shared_address(shared.k[at.slot()]) + atom * kKeys * kRowBytes, args.k, k_full, atom * kRowBytes,
+                   item.kv_head, n * kKeys, k_entry);
+        }
+        barrier_arrive_expect(v_full, kTileBytes);
+        tma_load(shared_address(shared.v[at.slot()]), args.v, v_full, 0, 0, n * (kKeys / kValueChunk),
+                 v_entry * p.kv_heads + item.kv_head);
+      }
+      __syncwarp();
+    }
+    if (leads) index = atomicAdd(args.counter, 1) + gridDim.x;
+    index = __shfl_sync(~0u, index, 0);
+    barrier_wait(shared_address(&shared.item_free), at.item() ^ 1);
+    if (leads) {
+      shared.items[at.item() ^ 1] = index;
+      barrier_arrive(shared_address(&shared.item_full));
+    }
+  }
+}
+
+// One consumer warpgroup.
+struct Consumer {
+  const Sm90Fp8Args& args;
+  Shared& shared;
+  Progress progress = {0};
+  Fp8Softmax softmax = {};
+
+  // Recomputed where they are used: see afresh.
+  static JF_DEVICE int thread() { return afresh(threadIdx.x) % 128; }
+  static JF_DEVICE int group() { return afresh(threadIdx.x) / 128 - 1; }
+  static JF_DEVICE int row_in_tile() { return afresh(threadIdx.x) / 32 * 16 - 64; }  // first row of this warp
+
+  JF_DEVICE void wait_k() const { barrier_wait(shared_address(&shared.k_full[progress.slot()]), progress.pass()); }
+  JF_DEVICE void wait_v(Progress at) const { barrier_wait(shared_address(&shared.v_full[at.slot()]), at.pass()); }
+  JF_DEVICE void arrive(u64& barrier) const {
+    if (thread() == 0) barrier_arrive(shared_address(&barrier));
+  }
+
+  // A key tile that no row of this group sees.
+  JF_DEVICE void pass_over() {
+    wait_k();
+    wait_v(progress);
+    arrive(shared.slot_free[progress.slot()]);
+    progress.next_tile();
+  }
+
+  JF_DEVICE int index() const { return *static_cast<volatile int*>(&shared.items[progress.item()]); }
+
+  JF_DEVICE void compute() {
+    const Problem& problem = args.problem;
+    const Item item = item_of(args, index());
+    const CallBand band = band_of(problem, args.features, item.batch);
+    const int group_row = item.row0 + group() * 64, warp_row = item.row0 + row_in_tile();
+    const u32 q = rows_low(shared_address(shared.q) + group() * 64 * kRowBytes), k = rows_low(shared_address(shared.k)),
+              v = values_low(shared_address(shared.v));
+    const Range tiles =
+        meet(item.key_tiles, tiles_of(band.keys_of(group_row, 64), kKeys));  // those that this group sees
+    CallBand keys_band = band;
+    keys_band.q_end = kFar;  // rows past the end are dropped by the store: a partial tile masks no more than a full one
+    const Score score = score_of(problem, args.features, item.batch, item.head);
+    const int q_blocks = ceil_div(problem.q_len, kScaleBlock);
+    const float q_scale =
+        __ldg(scales_of(args.q_scale, problem.q_batch(item.batch), problem.q_heads, item.head, q_blocks) +
+              min(warp_row / kScaleBlock, q_blocks - 1));
+    const float factor = fmaxf(q_scale * (kPlainScores ? score.scale_log2 : 1.f), kLeastFactor);
+
+    float s[kScores], o[kOutputs], rescale[2];
+    u32 p[kScores / 4];
+    softmax.reset();
+
+    const auto interior = [&](int n) {
+      if (!keys_band.interior(group_row, 64, n * kKeys, kKeys)) return false;
+      if constexpr (!kSpec.segment_ids) return true;
+      return item.q_ids.same_single_id(
+          args.segments.kv_bounds[static_cast<long long>(item.batch) * ceil_div(problem.kv_len, kKeys) + n]);
+    };
+    // Products of tile n -> P(n); whether O must be rescaled.
+    const auto probabilities = [&](int n) {
+      const BlockScale* scales = shared.scales[progress.slot()];
+      float unit[kBlocks];
+#pragma unroll
+      for (int b = 0; b < kBlocks; b++) unit[b] = factor * scales[b].key;
+      const Fragment<false> at = warp_fragment<false>(warp_row, n * kKeys);
+      if constexpr (!kPlainScores) {
+#pragma unroll
+        for (int i = 0; i < kScores; i++) s[i] *= unit[i / 16];
+        transform_scores(s, at, score);
+#pragma unroll
+        for (int b = 0; b < kBlocks; b++) unit[b] = 1.f;
+      }
+      if constexpr (kSpec.mask) hide_masked(s, at, problem, args.features.mask, item.batch, item.head);
+      if (!interior(n)) {
+        hide_outside_band(s, at, keys_band);
+        if constexpr (kSpec.segment_ids) {
+          hide_other_segments(s, at, segments_of(problem, args.features, band, item.batch));
+        }
+      }
+      return softmax.step(s, unit, scales, p, rescale);
+    };
+
+    barrier_wait(shared_address(&shared.q_full), progress.item());
+    for (int n = item.key_tiles.end - 1; n >= tiles.end; n--) pass_over();
+    if (tiles.size() == 0) {
+      arrive(shared.q_free);
+    } else {
+      wait_k();
+      wgmma_fence();
+      scores(s, q, k + progress.slot() * (kTileBytes / 16));
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(s);
+      if (tiles.size() == 1) arrive(shared.q_free);
+      probabilities(tiles.end - 1);
+
+      for (int n = tiles.end - 2; n >= tiles.begin; n--) {
+        const Progress values = progress;
+        progress.next_tile();
+        wait_k();
+        pin(p);
+        wgmma_fence();
+        scores(s, q, k + progress.slot() * (kTileBytes / 16));
+        wgmma_commit();
+        wait_v(values);
+        accumulate(o, p, v + values.slot() * (kTileBytes / 16), n == tiles.end - 2);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(s);
+        pin(o);
+        pin(p);
+        arrive(shared.slot_free[values.slot()]);
+        if (n == tiles.begin) arrive(shared.q_free);  // the next item's Q may come while this one ends
+        if (probabilities(n)) {
+#pragma unroll
+          for (int i = 0; i < kOutputs; i++) o[i] *= rescale[fragment_row(i)];
+        }
+      }
+      wait_v(progress);
+      wgmma_fence();
+      accumulate(o, p, v + progress.slot() * (kTileBytes / 16), tiles.size() == 1);
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(o);
+      arrive(shared.slot_free[progress.slot()]);
+      progress.next_tile();
+    }
+    finish(tiles.begin, o);
+  }
+
+  // Passes over the tiles before `first`; normalises, and writes out and lse of this group's rows: zeros and -inf for
+  // rows that saw no key or are past their length.
+  JF_DEVICE void finish(int first, float (&o)[kOutputs]) {
+    const Problem& problem = args.problem;
+    const Item item = item_of(args, index());
+    const int q_end = band_of(problem, args.features, item.batch).q_end;
+    for (int n = first - 1; n >= item.key_tiles.begin; n--) pass_over();
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = item.row0 + row_in_tile() + lane_id() / 4 + 8 * r;
+      float total = row_sum(softmax.sum[r]);
+      const bool empty = total == 0.f || row >= q_end;
+      if constexpr (kSpec.sinks) total += exp2_fast(args.features.sinks[item.head] * kLog2E - softmax.offset[r]);
+      factor[r] = empty ? 0.f : 1.f / total;
+      if (lane_id() % 4 == 0 && row < problem.q_len) {
+        const long long at = (static_cast<long long>(item.batch) * problem.q_heads + item.head) * problem.q_len + row;
+        args.lse[at] = empty ? -infinity() : (softmax.offset[r] + log2_fast(total)) * kLn2;
+      }
+    }
+    const auto packed = [&](int i) {  // zeros where the row is empty, whatever O holds
+      const float scale = factor[fragment_row(i)];
+      return scale == 0.f ? 0u : pack<kTiles.out>(o[i] * scale, o[i + 1] * scale);
+    };
+    if (thread() == 0) bulk_wait_read<0>();  // the store of the item before must have read its rows
+    named_sync(1 + group(), 128);
+    const u32 row = row_in_tile() + lane_id() % 16;
+#pragma unroll
+    for (int i = 0; i < kOutputs / 8; i++) {  // 16 columns
+      const u32 out = shared_address(shared.out) + i / 4 * kQueries * 128, chunk = i % 4 * 2 + lane_id() / 16;
+      store_matrix(out + swizzled_offset(row, chunk), packed(8 * i), packed(8 * i + 2), packed(8 * i + 4),
+                   packed(8 * i + 6));
+    }
+    async_fence();
+    named_sync(1 + group(), 128);
+    if (thread() == 0) {
+#pragma unroll
+      for (int c = 0; c < kSpec.value_dim; c += 64) {
+        tma_store(args.out, shared_address(shared.out) + c / 64 * kQueries * 128 + group() * 64 * 128, c, item.head,
+                  item.row0 + group() * 64, item.batch);
+      }
+      bulk_commit();
+    }
+  }
+
+  JF_DEVICE void run() {
+    while (index() < args.items) {
+      compute();
+      barrier_wait(shared_address(&shared.item_full), progress.item());
+      arrive(shared.item_free);
+      progress.next_item();
+    }
+    if (thread() == 0) bulk_wait<0>();
+  }
+};
+
+}  // namespace jf
+
+extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
+    sm90_forward_fp8(const __grid_constant__ jf::Sm90Fp8Args args) {
+  using namespace jf;
+  extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+  if (threadIdx.x == 0) {
+    shared.items[0] = blockIdx.x;
+    for (u64* barrier : {&shared.q_full, &shared.item_full}) barrier_init(shared_address(barrier), 1);
+    for (u64* barrier : {&shared.q_free, &shared.item_free}) barrier_init(shared_address(barrier), kGroups);
+    for (int i = 0; i < kStages; i++) {
+      barrier_init(shared_address(&shared.k_full[i]), 1);
+      barrier_init(shared_address(&shared.v_full[i]), 1);
+      barrier_init(shared_address(&shared.slot_free[i]), kGroups);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    registers_release<kProducerRegisters>();
+    if (threadIdx.x < 32) produce(args, shared);
+  } else {
+    registers_acquire<kConsumerRegisters>();
+    Consumer{args, shared}.run();
+  }
+}

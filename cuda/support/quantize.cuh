@@ -1,0 +1,214 @@
+// Query, key and value to e4m3 for sm90/forward_fp8.cuh: the same bits as jax_flash/fp8.py.
+//
+//   q, k  rotated (random signs, then the Hadamard butterflies of width 1, 2, 4, ...), divided by the scale of their
+//   block v     divided by its scale, stored [heads, keys / 16, head, 16] with the 16 keys in the order of the
+//   registers of P
+//
+// A scale is a power of two for kScaleBlock tokens of a head. Grid: one block of kThreads for kBlocksPerChunk scale
+// blocks of one head of one array, heads innermost: blocks side by side read and write whole rows. A scale block has
+// kHead threads; a thread holds 32 values of one token, kLanes threads next to each other hold a token: 8 values, then
+// 8 of the next lane's, ... So a butterfly is between registers (widths 1, 2, 4 and the largest two) or between lanes.
+// Everything is read and written once.
+#include "pieces/math.cuh"
+#include "support/quantize.h"
+
+namespace jf {
+
+constexpr int kThreads = 256;
+constexpr int kHead = kTiles.head;
+constexpr int kLanes = kHead / 32;                 // of a token
+constexpr int kBlocksPerChunk = kThreads / kHead;  // scale blocks of a thread block
+constexpr int kRuns = 4;                           // of 8 values, in a thread
+constexpr int kPadded = kHead + 8;                 // bytes of a row of values in shared memory: banks differ
+constexpr float kClamp = 1ull << 60;
+constexpr int kLeastExponent = -50;
+static_assert(kBlocksPerChunk >= 1 && kHead >= 64);
+
+// Bit d: the rotation turns the sign of column d.
+struct Signs {
+  u32 words[8];
+};
+constexpr JF_HOST_DEVICE Signs make_signs() {
+  Signs signs{};
+  for (u32 d = 0; d < 256; d++) {
+    u32 x = d;
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    signs.words[d / 32] |= (x >> 16 & 1) << d % 32;
+  }
+  return signs;
+}
+__constant__ const Signs kSigns = make_signs();
+
+JF_DEVICE float clamped(float x) {  // NaN stays NaN
+  asm("{\nmin.NaN.f32 %0, %0, %1;\nmax.NaN.f32 %0, %0, %2;\n}" : "+f"(x) : "f"(kClamp), "f"(-kClamp));
+  return x;
+}
+
+struct Place {
+  int lane;   // of the token
+  int block;  // scale block, within the chunk
+  int token;  // within the scale block
+  JF_DEVICE int column(int run) const { return (run * kLanes + lane) * 8; }
+};
+
+// Butterflies over blocks of kSize of kHeadSize columns.
+template <int kSize, int kHeadSize>
+JF_DEVICE void rotate(float (&x)[8 * kRuns], const Place& at) {
+#pragma unroll
+  for (int run = 0; run < kRuns; run++) {
+    // Padding keeps its sign: a -0 would be another byte.
+    const u32 signs = at.column(run) < kHeadSize ? kSigns.words[at.column(run) / 32] >> at.column(run) % 32 : 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[8 * run + i] = __int_as_float(__float_as_int(x[8 * run + i]) ^ (signs >> i) << 31);
+  }
+  const auto between_registers = [&](int distance) {
+#pragma unroll
+    for (int i = 0; i < 8 * kRuns; i++) {
+      if (i & distance) continue;
+      const float low = x[i], high = x[i + distance];
+      x[i] = low + high;
+      x[i + distance] = low - high;
+    }
+  };
+#pragma unroll
+  for (int width = 1; width < kSize; width *= 2) {
+    if (width < 8) {
+      between_registers(width);
+    } else if (width < 8 * kLanes) {
+      const int distance = width / 8;
+      const float own = at.lane & distance ? -1.f : 1.f;  // the upper one gets low - high
+#pragma unroll
+      for (int i = 0; i < 8 * kRuns; i++) x[i] = fmaf(x[i], own, __shfl_xor_sync(~0u, x[i], distance));
+    } else {
+      between_registers(width / kLanes);
+    }
+  }
+}
+
+JF_DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
+  u32 r;
+  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}"
+      : "=r"(r)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return r;
+}
+
+// What this thread block does.
+struct Chunk {
+  int entry, head, block0;  // first scale block
+};
+
+JF_DEVICE Chunk chunk_of(const QuantizeArray& array, int index) {
+  const int head = index % array.heads, rest = index / array.heads;
+  return {rest / array.chunks, head, rest % array.chunks * kBlocksPerChunk};
+}
+
+// kSize: of a head, as it comes. kRotate: query and key. kTranspose: value. kGrowth: what the scales are divided by.
+template <int kSize, bool kRotate, int kGrowth, bool kTranspose, bool kLengths>
+JF_DEVICE void quantize(const QuantizeArray& array, int index) {
+  __shared__ float largest_of_warp[kThreads / 32];
+  __shared__ alignas(16) unsigned char values[kTranspose ? kBlocksPerChunk * kScaleBlock * kPadded : 1];
+  const Chunk chunk = chunk_of(array, index);
+  const int thread = threadIdx.x;
+  const Place at{thread % kLanes, thread / kHead, thread % kHead / kLanes};
+  const int token = (chunk.block0 + at.block) * kScaleBlock + at.token;
+  int end = array.length;
+  if constexpr (kLengths) end = min(end, *row_of<int>(array.lengths, chunk.entry));
+
+  float x[8 * kRuns];
+  const char* from =
+      static_cast<const char*>(array.from) +
+      ((static_cast<long long>(chunk.entry) * array.length + token) * array.heads + chunk.head) * (2 * kSize);
+  uint4 words[kRuns];
+#pragma unroll
+  for (int run = 0; run < kRuns; run++) {
+    words[run] = token < end && at.column(run) < kSize
+                     ? __ldg(reinterpret_cast<const uint4*>(from + 2 * at.column(run)))
+                     : uint4{0, 0, 0, 0};
+  }
+#pragma unroll
+  for (int run = 0; run < kRuns; run++) {
+    const u32 pairs[4] = {words[run].x, words[run].y, words[run].z, words[run].w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      x[8 * run + i] = clamped(to_float<kSpec.dtype>(static_cast<unsigned short>(pairs[i / 2] >> i % 2 * 16)));
+    }
+  }
+  if constexpr (kRotate) rotate<kSize & -kSize, kSize>(x, at);
+
+  float largest = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8 * kRuns; i++) largest = fmaxf(largest, fabsf(x[i]));
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+  if (thread % 32 == 0) largest_of_warp[thread / 32] = largest;
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < kHead / 32; warp++)
+    largest = fmaxf(largest, largest_of_warp[at.block * (kHead / 32) + warp]);
+  // The least power of two that takes the largest value to at most 448 = 1.75 * 2^8.
+  const int exponent = largest == 0.f ? 0 : max(((__float_as_int(largest) + 0x1fffff) >> 23) - 135, kLeastExponent);
+  const float inverse = __int_as_float((127 - exponent) << 23);
+
+  const int blocks = (array.length + kScaleBlock - 1) / kScaleBlock, block = chunk.block0 + at.block;
+  const long long head = static_cast<long long>(chunk.entry) * array.heads + chunk.head;
+  if (thread % kHead == 0 && block < blocks) {
+    array.scales[head * blocks + block] = __int_as_float((127 + exponent) << 23) / kGrowth;
+  }
+#pragma unroll
+  for (int run = 0; run < kRuns; run++) {
+    const float* y = &x[8 * run];
+    const uint2 packed{pack_e4m3(y[0] * inverse, y[1] * inverse, y[2] * inverse, y[3] * inverse),
+                       pack_e4m3(y[4] * inverse, y[5] * inverse, y[6] * inverse, y[7] * inverse)};
+    if constexpr (kTranspose) {
+      *reinterpret_cast<uint2*>(&values[(at.block * kScaleBlock + at.token) * kPadded + at.column(run)]) = packed;
+    } else if (token < array.length) {
+      const long long row = (static_cast<long long>(chunk.entry) * array.length + token) * array.heads + chunk.head;
+      *reinterpret_cast<uint2*>(static_cast<char*>(array.to) + row * kHead + at.column(run)) = packed;
+    }
+  }
+  if constexpr (kTranspose) {
+    __syncthreads();
+    constexpr int kColumns = kBlocksPerChunk * kScaleBlock / kValueChunk * kHead;  // of 16 keys
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kThreads) {
+      const int column = (first + thread) % kHead, group = (first + thread) / kHead;
+      if (chunk.block0 + group * kValueChunk / kScaleBlock >= blocks) break;
+      u32 words[4];
+#pragma unroll
+      for (int w = 0; w < 4; w++) {
+        words[w] = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int key = 2 * w + (i < 2 ? i : 6 + i);  // the order of P's registers
+          words[w] |= static_cast<u32>(values[(group * kValueChunk + key) * kPadded + column]) << 8 * i;
+        }
+      }
+      const long long place =
+          (head * blocks + chunk.block0) * (kScaleBlock / kValueChunk) + group;  // of 16 keys, in this array
+      *reinterpret_cast<uint4*>(static_cast<char*>(array.to) + (place * kHead + column) * kValueChunk) =
+          uint4{words[0], words[1], words[2], words[3]};
+    }
+  }
+}
+
+JF_DEVICE int chunks_of(const QuantizeArray& array) { return array.entries * array.chunks * array.heads; }
+
+}  // namespace jf
+
+extern "C" __global__ void __launch_bounds__(jf::kThreads) quantize(const __grid_constant__ jf::QuantizeArgs args) {
+  using namespace jf;
+  // The butterflies of q and k grow q . k by their size: the scales of k take that back.
+  constexpr int kGrowth = kTiles.rotate ? kSpec.head_dim & -kSpec.head_dim : 1;
+  const int index = blockIdx.x, q = chunks_of(args.q), k = chunks_of(args.k);
+  if (index < q) {
+    quantize<kSpec.head_dim, kTiles.rotate, 1, false, kSpec.q_lengths>(args.q, index);
+  } else if (index < q + k) {
+    quantize<kSpec.head_dim, kTiles.rotate, kGrowth, false, kSpec.kv_lengths>(args.k, index - q);
+  } else {
+    quantize<kSpec.value_dim, false, 1, true, kSpec.kv_lengths>(args.v, index - q - k);
+  }
+}

@@ -1,0 +1,334 @@
+"""Attention on 8-bit floating point: how query, key and value are quantised, and what the kernel computes from them.
+
+    q' = R q / qs,   k' = R k / ks,   v' = v / vs          rounded to e4m3; R a random-sign Hadamard rotation
+    s  = scale * qs * ks * (q' . k')                       = scale * q . k up to rounding: R cancels
+    p  = 2^(s log2 e + log2 vs - m + 4)                    m an integer above the row's maximum; rounded to e4m3
+    out = sum(p v') / sum(p / vs)
+
+Scales are powers of two, one for each `BLOCK` tokens of a head: dividing by them is exact. `quantize` here and
+cuda/support/quantize.cuh give the same bits. `emulate` computes what the kernel computes, rounding of p included, in
+plain JAX.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash import xla
+from jax_flash.extension import native
+from jax_flash.masks import Tiling
+from jax_flash.spec import AttentionSpec, Fp8, Operands, batch_shape
+
+BLOCK = 32
+"""Tokens that share a scale."""
+
+E4M3 = jnp.float8_e4m3fn
+HEAD_SIZES = (64, 128, 256)
+"""Head sizes of the kernel; others are padded with zeros, which change nothing."""
+
+_LARGEST = 448.0  # of e4m3
+_CHUNK = 16  # keys that stand together in the layout of the value
+_SHIFT = 4  # p reaches 2^4: a maximum that lags behind by up to 2^4 still fits e4m3
+_CLAMP = 2.0**60  # of the inputs: then no product of two scales overflows
+_LEAST_EXPONENT = -50  # of a scale: nor does one vanish
+
+# Position c of a chunk holds key _ORDER[c]: so the registers that hold a tile of p after the first product are already
+# the operand of the second, without any shuffle.
+_ORDER = np.array([2 * (c // 4) + c % 4 if c % 4 < 2 else 8 + 2 * (c // 4) + c % 4 - 2 for c in range(_CHUNK)])
+
+
+class Quantized(NamedTuple):
+    """Query, key and value as the fp8 kernel takes them. H' is the head size of the kernel, S' is S up to a block."""
+
+    query: Any  # e4m3 [*B, T, N, H']
+    key: Any  # e4m3 [*B, S, K, H']
+    value: Any  # e4m3 [*B, K, S' / 16, H' * 16]: 16 keys, in the order of the kernel's registers, stand together
+    query_scale: Any  # float32 [*B, N, ceil(T / BLOCK)]
+    key_scale: Any  # float32 [*B, K, ceil(S / BLOCK)]
+    value_scale: Any  # float32 [*B, K, ceil(S / BLOCK)]
+
+
+def quantize(
+    query: Any, key: Any, value: Any, precision: Fp8 | None = None, *, q_lengths: Any = None, kv_lengths: Any = None
+) -> Quantized:
+    """query [*B, T, N, H], key [*B, S, K, H], value [*B, S, K, Hv] of any floating type, as `attention` takes them.
+
+    Tokens at or past the lengths (integers [*B]) become zeros, whatever they hold, and do not count for any scale.
+    Infinities and magnitudes above 2^60 become 2^60. precision None: `Fp8()`.
+    """
+    precision = precision or Fp8()
+    size = kernel_head_size(max(query.shape[-1], value.shape[-1]))
+    rotation = hadamard_size(query.shape[-1])
+    q, k = (
+        _rotated(_prepared(x, lengths), rotation) if precision.rotate else _prepared(x, lengths)
+        for x, lengths in ((query, q_lengths), (key, kv_lengths))
+    )
+    q, q_scale = _scaled(q, precision.scales)
+    k, k_scale = _scaled(k, precision.scales)
+    v, v_scale = _scaled(_prepared(value, kv_lengths), precision.value_scales)
+    if precision.rotate:
+        k_scale = k_scale / rotation  # the butterflies grow q . k by that power of two
+    return Quantized(_padded(q, size), _padded(k, size), value_layout(_padded(v, size)), q_scale, k_scale, v_scale)
+
+
+def from_tensors(
+    query: Any, key: Any, value: Any, query_scale: Any = 1.0, key_scale: Any = 1.0, value_scale: Any = 1.0
+) -> Quantized:
+    """Tensors that are e4m3 already, in `flash_attention`'s shapes, with what multiplies them (one number each)."""
+    size = kernel_head_size(max(query.shape[-1], value.shape[-1]))
+
+    def scales(x: Any, scale: Any) -> Any:
+        return jnp.full((*x.shape[:-3], x.shape[-2], -(-x.shape[-3] // BLOCK)), scale, jnp.float32)
+
+    return Quantized(
+        _padded(query, size),
+        _padded(key, size),
+        value_layout(_padded(value, size)),
+        scales(query, query_scale),
+        scales(key, key_scale),
+        scales(value, value_scale),
+    )
+
+
+def kernel_head_size(size: int) -> int:
+    if size > HEAD_SIZES[-1]:
+        raise ValueError(f"fp8: expected head sizes up to {HEAD_SIZES[-1]}, got {size}")
+    return next(known for known in HEAD_SIZES if size <= known)
+
+
+def hadamard_size(head_size: int) -> int:
+    """Size of the blocks of the rotation: the largest power of two that divides the head size."""
+    return head_size & -head_size
+
+
+def value_layout(value: Any) -> Any:
+    """[*B, S, K, H'] -> [*B, K, S' / 16, H' * 16]"""
+    *batch, s, heads, size = value.shape
+    rows = -(-s // BLOCK) * BLOCK
+    x = jnp.pad(value, [(0, 0)] * len(batch) + [(0, rows - s), (0, 0), (0, 0)])
+    x = x.reshape(*batch, rows // _CHUNK, _CHUNK, heads, size)[..., _ORDER, :, :]
+    return jnp.moveaxis(x, (-2, -4, -1, -3), (-4, -3, -2, -1)).reshape(*batch, heads, rows // _CHUNK, size * _CHUNK)
+
+
+def value_from_layout(value: Any, length: int) -> Any:
+    """The inverse of `value_layout`."""
+    *batch, heads, chunks, _ = value.shape
+    x = value.reshape(*batch, heads, chunks, -1, _CHUNK)[..., np.argsort(_ORDER)]
+    x = jnp.moveaxis(x, (-4, -3, -2, -1), (-2, -4, -1, -3))
+    return x.reshape(*batch, chunks * _CHUNK, heads, -1)[..., :length, :, :]
+
+
+def emulate(spec: AttentionSpec, quantized: Quantized, operands: Operands, dtype: Any) -> tuple[Any, Any]:
+    """What the kernel computes: out [*B, T, N, H'] of `dtype` and lse [*B, N, T].
+
+    The kernel meets a row's maximum key tile by key tile and so may hold p in lower powers of two: the results differ
+    only where p is so small that e4m3 is denormal.
+    """
+    q, k = (
+        _each_token(scale, x.shape[-3])[..., None] * x.astype(jnp.float32)
+        for x, scale in ((quantized.query, quantized.query_scale), (quantized.key, quantized.key_scale))
+    )
+    v = value_from_layout(quantized.value, k.shape[-3]).astype(jnp.float32)
+    call = xla._Call(spec, q, k, v, operands)
+    call.k_tiles = Tiling(k.shape[-3], k.shape[-3])  # a row's maximum must be known before its p is rounded
+    value_scale = jnp.swapaxes(_each_token(quantized.value_scale, k.shape[-3]), -1, -2)[..., None, None, :]
+
+    def query_tile(_: None, i: Any) -> tuple[None, tuple[Any, Any]]:
+        tile = call.tile(i, 0)
+        x = tile.scores * np.float32(np.log2(np.e)) + jnp.log2(value_scale)
+        x = x if tile.visible is None else jnp.where(tile.visible, x, -jnp.inf)
+        top = jnp.ceil(jnp.max(x, axis=-1, keepdims=True))
+        offset = jnp.where(top == -jnp.inf, 0, top) - _SHIFT
+        p = jnp.exp2(x - offset)
+        total = jnp.sum(p / value_scale, axis=-1, keepdims=True)
+        empty = total == 0
+        if call.operands.sinks is not None:
+            total += jnp.exp2(call.operands.sinks * np.float32(np.log2(np.e)) - offset)
+        p = _rounded(p).astype(jnp.float32)
+        if tile.keep is not None:
+            p = p * tile.keep
+        weighted = xla._product("...gts,...sh->...gth", p, call.v)
+        out = jnp.where(empty, 0, weighted / jnp.where(empty, 1, total))
+        return None, (out, jnp.where(empty, -jnp.inf, (offset + jnp.log2(total)) * np.float32(np.log(2))))
+
+    _, tiles = jax.lax.scan(query_tile, None, jnp.arange(call.q_tiles.count, dtype=jnp.int32))
+    out, lse = (call.q_tiles.join(x) for x in tiles)
+    return xla._merge_heads(out).astype(dtype), lse.reshape(*call.batch, -1, q.shape[-3])
+
+
+# --- the calls -------------------------------------------------------------------------------------------------------
+
+
+def forward_attributes(spec: AttentionSpec, q: Any, k: Any, v: Any, operands: Operands, dtype: Any) -> dict[str, Any]:
+    """Attributes of `jax_flash_forward_fp8`, from arrays of the shapes before quantisation."""
+    size = kernel_head_size(max(q.shape[-1], v.shape[-1]))
+    q, k = (jax.ShapeDtypeStruct((*x.shape[:-1], size), E4M3) for x in (q, k))
+    return spec.attributes(q, k, v, operands) | {"out_dtype": str(np.dtype(dtype))}
+
+
+def tiles(spec: AttentionSpec, q: Any, k: Any, v: Any, operands: Operands) -> tuple[Any, Any]:
+    """out and lse of the forward pass in plain JAX, from query, key and value as `flash_attention` takes them."""
+    q, k, v = _with_own_lengths(q, k, v, operands)
+    lengths = {"q_lengths": operands.q_lengths, "kv_lengths": operands.kv_lengths}
+    out, lse = emulate(spec, quantize(q, k, v, spec.precision, **lengths), operands, q.dtype)
+    return out[..., : v.shape[-1]], lse
+
+
+def kernel(spec: AttentionSpec, q: Any, k: Any, v: Any, operands: Operands) -> tuple[Any, Any]:
+    """`tiles`, by the kernels."""
+    q, k, v = _with_own_lengths(q, k, v, operands)
+    lengths = Operands(q_lengths=operands.q_lengths, kv_lengths=operands.kv_lengths)
+    precision = spec.precision or Fp8()
+    if {precision.scales, precision.value_scales} == {"block"}:
+        quantized = _quantize_kernel(spec, q, k, v, lengths)
+    else:
+        quantized = quantize(q, k, v, precision, **lengths.present())
+    return _forward_kernel(spec, quantized, operands, q.dtype, v)
+
+
+def attend(
+    spec: AttentionSpec, path: str, quantized: Quantized, operands: Operands, dtype: Any, value_size: int
+) -> tuple[Any, Any]:
+    """out [*B, T, N, value_size] and lse of query, key and value that are quantised already."""
+    v = jax.ShapeDtypeStruct((*quantized.key.shape[:-1], value_size), dtype)
+
+    def emulated(quantized: Quantized, operands: Operands) -> tuple[Any, Any]:
+        out, lse = emulate(spec, quantized, operands, dtype)
+        return out[..., :value_size], lse
+
+    def by_kernel(quantized: Quantized, operands: Operands) -> tuple[Any, Any]:
+        return _forward_kernel(spec, quantized, operands, dtype, v)
+
+    if path == "xla":
+        return emulated(quantized, operands)
+    try:
+        plan = native().plan("jax_flash_forward_fp8", forward_attributes(spec, *quantized[:2], v, operands, dtype), 90)
+    except ImportError as error:
+        plan = {"reason": f"the extension is not there ({error})"}
+    if "reason" in plan:
+        if path == "kernel":
+            raise NotImplementedError(f"implementation='cuda': no kernel for this call: {plan['reason']}")
+        return emulated(quantized, operands)
+    elsewhere = {} if path == "kernel" else {"default": emulated}
+    return jax.lax.platform_dependent(quantized, operands, cuda=by_kernel, **elsewhere)
+
+
+def _quantize_kernel(spec: AttentionSpec, q: Any, k: Any, v: Any, lengths: Operands) -> Quantized:
+    precision = spec.precision or Fp8()
+    attributes = spec.attributes(q, k, v, lengths) | {"rotate": precision.rotate}
+    shapes = jax.eval_shape(lambda q, k, v: quantize(q, k, v, precision), q, k, v)
+    return Quantized(*_ffi_call("jax_flash_quantize", shapes, attributes, q, k, v, *lengths.present().values()))
+
+
+def _forward_kernel(
+    spec: AttentionSpec, quantized: Quantized, operands: Operands, dtype: Any, v: Any
+) -> tuple[Any, Any]:
+    """v: anything with the shape of the value before quantisation."""
+    q, k = quantized[:2]
+    *_, t, n, _ = q.shape
+    batch = batch_shape(q, k, v)
+    shapes = [
+        jax.ShapeDtypeStruct((*batch, t, n, v.shape[-1]), dtype),
+        jax.ShapeDtypeStruct((*batch, n, t), jnp.float32),
+    ]
+    attributes = forward_attributes(spec, q, k, v, operands, dtype)
+    return _ffi_call("jax_flash_forward_fp8", shapes, attributes, *quantized, *operands.present().values())
+
+
+def _ffi_call(target: str, shapes: Any, attributes: dict[str, Any], *arrays: Any) -> Any:
+    scratch = jax.ShapeDtypeStruct((native().scratch_bytes(target, attributes),), jnp.uint8)
+    # Inside shard_map(check_vma=True) a result must vary over the mesh axes over which the operands vary.
+    types = [jax.typeof(arrays[0]).update(shape=x.shape, dtype=x.dtype) for x in (*shapes, scratch)]
+    *results, _ = jax.ffi.ffi_call(target, types)(*arrays, **attributes)
+    return tuple(results)
+
+
+def _with_own_lengths(q: Any, k: Any, v: Any, operands: Operands) -> tuple[Any, Any, Any]:
+    """Arrays with an entry for each length: what is past a length must not reach the scales of its block."""
+
+    def own(x: Any, lengths: Any) -> Any:
+        if lengths is None:
+            return x
+        return jnp.broadcast_to(x, (*np.broadcast_shapes(x.shape[:-3], lengths.shape), *x.shape[-3:]))
+
+    return own(q, operands.q_lengths), own(k, operands.kv_lengths), own(v, operands.kv_lengths)
+
+
+# --- the steps of quantize -------------------------------------------------------------------------------------------
+
+
+def _prepared(x: Any, lengths: Any) -> Any:
+    """[*B, T, N, H] in float32, bounded, with zeros at and past the lengths."""
+    x = jnp.clip(x.astype(jnp.float32), -_CLAMP, _CLAMP)
+    if lengths is None:
+        return x
+    token = jax.lax.broadcasted_iota(jnp.int32, x.shape[-3:], 0)
+    return jnp.where(token < jnp.asarray(lengths)[..., None, None, None], x, 0)
+
+
+def _signs(size: int) -> np.ndarray:
+    """+1 and -1, from the bits of a hash of the index: the same in cuda/support/quantize.cuh."""
+    x = np.arange(size, dtype=np.uint32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return np.where((x >> np.uint32(16)) & np.uint32(1), -1.0, 1.0).astype(np.float32)
+
+
+def _rotated(x: Any, block: int) -> Any:
+    """Random signs, then butterflies of width 1, 2, ..., block / 2. The sums are in the order of the kernel."""
+    shape = x.shape
+    x = x * _signs(shape[-1])
+    width = 1
+    while width < block:
+        x = x.reshape(*shape[:-1], -1, 2, width)
+        low, high = x[..., 0, :], x[..., 1, :]
+        x = jnp.stack([low + high, low - high], axis=-2)
+        width *= 2
+    return x.reshape(shape)
+
+
+def _scaled(x: Any, granularity: Literal["block", "head", "tensor"]) -> tuple[Any, Any]:
+    """x [*B, T, N, H] float32 -> e4m3 of the same shape, scales float32 [*B, N, ceil(T / BLOCK)]."""
+    length = x.shape[-3]
+    blocks = jnp.pad(jnp.abs(x), [(0, 0)] * (x.ndim - 3) + [(0, -length % BLOCK), (0, 0), (0, 0)])
+    blocks = blocks.reshape(*x.shape[:-3], -1, BLOCK, *x.shape[-2:])
+    largest = jnp.nanmax(blocks, axis=(-3, -1), initial=0)  # [*B, blocks, N]
+    if granularity != "block":
+        axes = -2 if granularity == "head" else None
+        largest = jnp.broadcast_to(jnp.max(largest, axes, keepdims=True), largest.shape)
+    exponent = _exponent(largest)
+    inverse = _each_block(_power_of_two(-exponent), length)[..., None]
+    return _rounded(x * inverse), jnp.swapaxes(_power_of_two(exponent), -1, -2)
+
+
+def _rounded(x: Any) -> Any:
+    """To e4m3, for good: XLA would drop a conversion that the next one undoes."""
+    return jax.lax.optimization_barrier(x.astype(E4M3))
+
+
+def _exponent(largest: Any) -> Any:
+    """The least e for which largest <= 448 * 2^e: e4m3 holds 1.75 * 2^8."""
+    bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
+    return jnp.where(bits == 0, 0, jnp.maximum(((bits + 0x1FFFFF) >> 23) - 135, _LEAST_EXPONENT))
+
+
+def _power_of_two(exponent: Any) -> Any:
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def _each_block(x: Any, length: int) -> Any:
+    """[*B, blocks, N] -> [*B, length, N]"""
+    return jnp.repeat(x, BLOCK, axis=-2, total_repeat_length=x.shape[-2] * BLOCK)[..., :length, :]
+
+
+def _each_token(scale: Any, length: int) -> Any:
+    """[*B, N, blocks] -> [*B, length, N]"""
+    return _each_block(jnp.swapaxes(scale, -1, -2), length)
+
+
+def _padded(x: Any, size: int) -> Any:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])

@@ -1,0 +1,312 @@
+"""FP8: quantisation and its emulation against NumPy on any machine, the kernels against the emulation on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_flash as jf
+from jax_flash import fp8
+from jax_flash.spec import AttentionSpec, Operands
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")]
+
+
+def normal(shape, seed=0, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def qkv(batch=2, t=70, s=90, heads=4, kv_heads=2, size=64, dtype=jnp.bfloat16):
+    shapes = (batch, t, heads, size), (batch, s, kv_heads, size), (batch, s, kv_heads, size)
+    return tuple(normal(shape, seed, dtype) for seed, shape in enumerate(shapes))
+
+
+def relative_error(result, truth):
+    result, truth = (np.asarray(x, np.float64) for x in (result, truth))
+    return np.linalg.norm(result - truth) / np.linalg.norm(truth)
+
+
+def with_outliers(shape, rng):
+    """N(0, 1) + N(0, 100) * Bernoulli(0.001), the input on which FP8 attention is usually judged."""
+    return rng.standard_normal(shape) + 10 * rng.standard_normal(shape) * (rng.random(shape) < 0.001)
+
+
+def reference_scales(x, block=fp8.BLOCK):
+    """Scales of [*B, T, N, H] by `np.frexp` instead of bit arithmetic: [*B, N, blocks]."""
+    x = np.abs(np.asarray(x, np.float64))
+    starts = range(0, x.shape[-3], block)
+    largest = np.stack([x[..., i : i + block, :, :].max(axis=(-3, -1)) for i in starts], axis=-1)
+    mantissa, exponent = np.frexp(largest / 448)
+    return np.where(largest == 0, 1.0, np.ldexp(1.0, np.where(mantissa == 0.5, exponent - 1, exponent)))
+
+
+def dequantized(quantized, length):
+    """q, k, v [*B, T, N, H'] in float64."""
+
+    def tokens(scale, length):
+        return np.repeat(np.swapaxes(np.asarray(scale, np.float64), -1, -2), fp8.BLOCK, axis=-2)[..., :length, :, None]
+
+    q, k = (np.asarray(x, np.float64) for x in quantized[:2])
+    v = np.asarray(fp8.value_from_layout(quantized.value, length), np.float64)
+    scales = quantized.query_scale, quantized.key_scale, quantized.value_scale
+    return tuple(x * tokens(scale, x.shape[-3]) for x, scale in zip((q, k, v), scales, strict=True))
+
+
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+def test_rotation_keeps_products(size):
+    q, k = (normal((1, 3, 1, size), seed, jnp.float32) for seed in (0, 1))
+    block = fp8.hadamard_size(size)
+    rotated = jnp.einsum("btnh,bsnh->bts", fp8._rotated(q, block), fp8._rotated(k, block)) / block
+    np.testing.assert_allclose(rotated, jnp.einsum("btnh,bsnh->bts", q, k), rtol=1e-5, atol=1e-4)
+
+
+def test_rotation_spreads_an_outlier():
+    x = jnp.zeros((1, 1, 1, 128)).at[..., 7].set(100.0)
+    np.testing.assert_allclose(jnp.abs(fp8._rotated(x, 128)), 100.0)
+
+
+def test_quantize_rounds_each_value_once():
+    q, k, v = qkv()
+    for x, back in zip((q, k, v), dequantized(fp8.quantize(q, k, v, jf.Fp8(rotate=False)), 90), strict=True):
+        x = np.asarray(x, np.float64)
+        assert np.abs(back - x).max() <= np.abs(x).max() * 2**-4
+        normal_values = np.abs(x) > np.abs(x).max() * 2**-10
+        assert (np.abs(back - x) <= np.abs(x) * 2**-4)[normal_values].all()
+
+
+def test_scales_are_the_least_powers_of_two_that_fit():
+    q, k, v = qkv()
+    quantized = fp8.quantize(q, k, v, jf.Fp8(rotate=False))
+    scales = quantized.query_scale, quantized.key_scale, quantized.value_scale
+    for x, scale in zip((q, k, v), scales, strict=True):
+        np.testing.assert_array_equal(scale, reference_scales(x))
+
+
+@pytest.mark.parametrize("largest, scale", [(448.0, 1.0), (449.0, 2.0), (224.0, 0.5), (0.0, 1.0), (2.0**-58, 2.0**-50)])
+def test_scale_of_a_block(largest, scale):
+    x = jnp.zeros((1, 4, 1, 64)).at[0, 2, 0, 5].set(-largest)
+    assert fp8.quantize(x, x, x, jf.Fp8(rotate=False)).value_scale == scale
+
+
+@pytest.mark.parametrize("granularity, axes", [("head", (-1,)), ("tensor", None)])
+def test_coarse_scales(granularity, axes):
+    q, k, v = qkv()
+    scale = fp8.quantize(q, k, v, jf.Fp8(scales=granularity, rotate=False)).query_scale
+    np.testing.assert_array_equal(scale, np.broadcast_to(reference_scales(q).max(axes, keepdims=True), scale.shape))
+
+
+def test_unknown_granularity():
+    with pytest.raises(ValueError, match="scales: expected 'block', 'head' or 'tensor', got 'row'"):
+        jf.Fp8(scales="row")
+
+
+@pytest.mark.parametrize("length", [1, 16, 33, 90])
+def test_value_layout(length):
+    v = jnp.asarray(np.random.default_rng(0).integers(0, 100, (2, length, 3, 64)), jnp.uint8)
+    layout = fp8.value_layout(v)
+    assert layout.shape == (2, 3, -(-length // 32) * 2, 64 * 16)
+    np.testing.assert_array_equal(fp8.value_from_layout(layout, length), v)
+    # Byte 2 of a chunk is key 8: what register 2 of a thread's fragment of P holds beside key 0 and 1.
+    assert (layout[0, 1, 0, 5 * 16 + 2] == (v[0, 8, 1, 5] if length > 8 else 0)).all()
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize(
+    "mask",
+    [{}, {"causal": True, "q_offset": 20}, {"window": (8, 4)}, {"softcap": 3.0}, {"kv_lengths": jnp.array([40, 90])}],
+    ids=lambda mask: "-".join(mask) or "full",
+)
+def test_error_on_normal_inputs(mask, rotate):
+    q, k, v = qkv()
+    exact = jf.flash_attention(q, k, v, **mask)
+    out, lse = jf.flash_attention(q, k, v, precision=jf.Fp8(rotate=rotate), return_lse=True, **mask)
+    assert relative_error(out, exact) < 0.07
+    np.testing.assert_allclose(lse, jf.flash_attention(q, k, v, return_lse=True, **mask)[1], atol=0.1)
+
+
+def test_block_scales_and_rotation_beat_tensor_scales_on_outliers():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(with_outliers((4, 512, 1, 128), rng), jnp.float32) for _ in range(3))
+    exact = jf.flash_attention(q, k, v, implementation="xla")
+
+    def error(precision):
+        return relative_error(jf.flash_attention(q, k, v, precision=precision, implementation="xla"), exact)
+
+    assert error(jf.Fp8()) < 0.75 * error(jf.Fp8(rotate=False, scales="tensor", value_scales="tensor"))
+
+
+def test_emulation_rounds_only_what_the_kernel_rounds():
+    """Scores, softmax and sums by NumPy from the quantised operands: p alone is rounded once more."""
+    q, k, v = qkv(heads=2)
+    quantized = fp8.quantize(q, k, v)
+    out, lse = jf.quantized_attention(quantized, dtype=jnp.float16, return_lse=True)
+    qd, kd, vd = (np.moveaxis(x, -2, -3) for x in dequantized(quantized, 90))
+    scores = np.log2(np.e) / 8 * qd @ np.swapaxes(kd, -1, -2)
+    scale = np.repeat(np.asarray(quantized.value_scale), fp8.BLOCK, axis=-1)[..., None, :90]
+    exponents = scores + np.log2(scale)
+    top = np.ceil(exponents.max(-1, keepdims=True)) - 4
+    p = np.exp2(exponents - top)
+    total = (p / scale).sum(-1, keepdims=True)
+    rounded = p.astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    expected = np.moveaxis((rounded / scale) @ vd / total, -3, -2)
+    # A value of p that lies next to a rounding boundary may fall either way.
+    assert relative_error(out, expected) < 2e-3
+    np.testing.assert_allclose(lse, np.log(2) * (top + np.log2(total))[..., 0], atol=1e-4)
+
+
+def test_sinks_and_empty_rows():
+    q, k, v = qkv()
+    sinks = jnp.array([0.0, 1.0, 5.0, -3.0])
+    options = {"sinks": sinks, "kv_lengths": jnp.array([0, 90])}
+    out, lse = jf.flash_attention(q, k, v, precision=jf.Fp8(), return_lse=True, **options)
+    exact, exact_lse = jf.flash_attention(q, k, v, return_lse=True, **options)
+    assert (out[0] == 0).all() and (lse[0] == -jnp.inf).all()
+    assert relative_error(out[1], exact[1]) < 0.07
+    np.testing.assert_allclose(lse[1], exact_lse[1], atol=0.1)
+
+
+def test_what_lies_past_the_lengths_does_not_matter():
+    q, k, v = qkv()
+    options = {"q_lengths": jnp.array([70, 11]), "kv_lengths": jnp.array([37, 90]), "precision": jf.Fp8()}
+    clean = jf.flash_attention(q, k, v, return_lse=True, **options)
+    q = q.at[1, 11:].set(jnp.nan)
+    k, v = k.at[0, 37:].set(jnp.nan), v.at[0, 37:].set(jnp.inf)
+    for dirty, expected in zip(jf.flash_attention(q, k, v, return_lse=True, **options), clean, strict=True):
+        np.testing.assert_array_equal(dirty, expected)
+
+
+HARD = {
+    "zero rows": lambda x: x.at[:, ::3].set(0),
+    "zeros": lambda x: x * 0,
+    "equal rows": lambda x: jnp.broadcast_to(x[:, :1], x.shape),
+    "huge": lambda x: x * 1e17,
+    "tiny": lambda x: x * 1e-16,
+    "one huge row": lambda x: x.at[:, 5].set(1e30),
+    "infinity": lambda x: x.at[:, 5, 0, 3].set(jnp.inf),
+    "minus infinity": lambda x: x.at[:, 5, 0, 3].set(-jnp.inf),
+}
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, slice(0, 3)], ids=["query", "key", "value", "all"])
+@pytest.mark.parametrize("change", HARD.values(), ids=HARD.keys())
+def test_no_nan_from_hard_inputs(change, which, path="xla"):
+    arrays = list(qkv())
+    arrays[which] = [change(x) for x in arrays[which]] if isinstance(which, slice) else change(arrays[which])
+    options = {"precision": jf.Fp8(), "return_lse": True, "implementation": path, "causal": True}
+    out, lse = jf.flash_attention(*arrays, **options)
+    assert not jnp.isnan(out).any() and not jnp.isnan(lse).any()
+
+
+def test_nan_stays():
+    q, k, v = qkv()
+    out = jf.flash_attention(q.at[0, 3, 1, 0].set(jnp.nan), k, v, precision=jf.Fp8())
+    assert jnp.isnan(out[0, 3, 1]).all() and jnp.isnan(out).sum() == 64
+
+
+def test_gradients_are_those_of_16_bits():
+    q, k, v = qkv()
+    dout = normal((2, 70, 4, 64), 7)
+
+    def gradients(precision):
+        def loss(q, k, v):
+            out = jf.flash_attention(q, k, v, causal=True, q_offset=20, precision=precision)
+            return jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32))
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    for ours, exact in zip(gradients(jf.Fp8()), gradients(None), strict=True):
+        assert ours.dtype == exact.dtype and relative_error(ours, exact) < 0.05
+
+
+def test_vmap_equals_a_loop():
+    q, k, v = qkv()
+
+    def attend(q, k):
+        return jf.flash_attention(q, k, v[0], precision=jf.Fp8())
+
+    np.testing.assert_array_equal(jax.vmap(attend)(q, k), jnp.stack([attend(*pair) for pair in zip(q, k, strict=True)]))
+
+
+def test_quantized_attention_is_flash_attention():
+    q, k, v = qkv(size=80)
+    expected = jf.flash_attention(q, k, v, causal=True, precision=jf.Fp8())
+    out = jf.quantized_attention(fp8.quantize(q, k, v), value_size=80, causal=True, scale=80**-0.5)
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_tensors_with_scales_of_their_own():
+    q, k, v = (x.astype(fp8.E4M3) for x in qkv())
+    out = jf.quantized_attention(fp8.from_tensors(q, k, v, 2.0, 0.5, 4.0))
+    exact = jf.flash_attention(2.0 * q.astype(jnp.float32), 0.5 * k.astype(jnp.float32), 4.0 * v.astype(jnp.float32))
+    assert relative_error(out, exact) < 0.04  # p alone is rounded
+
+
+def test_wrong_precision():
+    with pytest.raises(ValueError, match=r"precision: expected None or jax_flash.Fp8\(...\), got 'fp8'"):
+        jf.flash_attention(*qkv(), precision="fp8")
+
+
+def test_program_for_cuda_has_two_calls():
+    q, k, v = qkv()
+    attend = jax.jit(lambda q, k, v: jf.flash_attention(q, k, v, precision=jf.Fp8()))
+    text = attend.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@jax_flash_quantize") == text.count("@jax_flash_forward_fp8") == 1
+    assert "@jax_flash_forward(" not in text
+
+
+class TestKernels:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("rotate", [True, False])
+    @pytest.mark.parametrize("shape", [(2, 70, 4, 64), (1, 200, 2, 128), (2, 33, 3, 256), (2, 100, 2, 80)], ids=str)
+    def test_quantize_gives_the_same_bits(self, shape, rotate):
+        arrays = [3 * normal(shape, seed) for seed in range(3)]
+        spec = AttentionSpec(1.0, precision=jf.Fp8(rotate=rotate))
+        ours = jax.jit(lambda *arrays: fp8._quantize_kernel(spec, *arrays, Operands()))(*arrays)
+        expected = jax.jit(lambda *arrays: fp8.quantize(*arrays, spec.precision))(*arrays)
+        for one, other in zip(ours, expected, strict=True):
+            np.testing.assert_array_equal(*(np.asarray(x).view(np.uint8) for x in (one, other)))
+
+    @pytest.mark.parametrize("size", [64, 80, 128, 256])
+    @pytest.mark.parametrize("length", [1, 128, 333, 1000])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_kernel_against_emulation(self, size, length, causal):
+        arrays = qkv(t=length, s=length, size=size)
+        self.check(arrays, causal=causal)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"q_offset": 500, "causal": True},
+            {"q_offset": 300, "window": (64, 10)},
+            {"q_lengths": [200, 77], "kv_lengths": [300, 700]},
+            {"segment_ids": ([[0] * 100 + [2] * 100] * 2, [[0] * 300 + [1] * 200 + [2] * 200] * 2)},
+            {"softcap": 5.0},
+            {"sinks": [0.0, 1.0, 5.0, -3.0]},
+            {"alibi_slopes": [0.1, 0.2, 0.3, 0.4], "causal": True},
+        ],
+        ids=lambda options: "-".join(options),
+    )
+    def test_features(self, options):
+        arrays = qkv(t=200, s=700, size=128)
+        self.check(arrays, **jax.tree.map(jnp.asarray, options, is_leaf=lambda x: isinstance(x, list)))
+
+    def test_scores_that_grow_from_tile_to_tile(self):
+        q, k, v = qkv(t=300, s=2000, size=128)
+        rise = jnp.linspace(8, 0, 2000, dtype=jnp.bfloat16)[:, None, None]
+        self.check((jnp.abs(q) + 1, jnp.abs(k) + rise, v))
+
+    @pytest.mark.parametrize("change", HARD.values(), ids=HARD.keys())
+    def test_no_nan_from_hard_inputs(self, change):
+        test_no_nan_from_hard_inputs(change, slice(0, 3), "cuda")
+
+    def check(self, arrays, **options):
+        def attend(implementation):
+            options_of = {"precision": jf.Fp8(), "return_lse": True, "implementation": implementation, **options}
+            return jax.jit(lambda *arrays: jf.flash_attention(*arrays, **options_of))(*arrays)
+
+        (out, lse), (expected, expected_lse) = attend("cuda"), attend("xla")
+        # A value of p next to a rounding boundary may fall either way, and tiny ones may be denormal: 2^-4 of few.
+        assert relative_error(out, expected) < 8e-3
+        np.testing.assert_allclose(lse, expected_lse, atol=2e-3)
