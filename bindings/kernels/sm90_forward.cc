@@ -75,7 +75,9 @@ Planned PlanSm90Forward(const Call& call) {
   const int q_tiles = CeilDiv(static_cast<long long>(problem.q_len) * tiles.packed, tiles.rows);
   const int pairs = problem.batch * (problem.q_heads / tiles.packed);
   const long long all_tiles = static_cast<long long>(q_tiles) * pairs;
-  if (all_tiles * 2 <= kMultiprocessors && problem.kv_len >= 1024) {
+  // Tiles of sm80/forward.cuh hold all query heads of a key head: a decoding step reads the keys once.
+  const bool decoding = static_cast<long long>(problem.q_len) * problem.q_heads <= 64ll * problem.kv_heads;
+  if ((decoding || all_tiles * 2 <= kMultiprocessors) && problem.kv_len >= 1024) {
     return Refusal{"few queries and many keys: the keys are better split over the GPU"};
   }
   if (all_tiles >= 1 << 30) return Refusal{"there are 2^30 tiles or more"};
