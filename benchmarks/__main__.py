@@ -35,9 +35,22 @@ def check(case: Case, attention: Attention, arrays) -> float:
     return error
 
 
+def scratch_mib(case: Case, attention: Attention) -> float:
+    """Memory that forward and backward need beside their operands and results, as XLA plans it."""
+
+    def gradients(q, k, v, g):
+        out, pullback = jax.vjp(attention, q, k, v)
+        return out, pullback(g)
+
+    shapes = jax.eval_shape(case.arrays)
+    return jax.jit(gradients).lower(*shapes).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+
 def measure(case: Case, name: str) -> dict:
     """One line of results; raises Skip where the implementation does not do the case."""
     attention = PEERS[name](case)
+    if case.group == "memory":
+        return {"scratch_MiB": scratch_mib(case, attention)}
     arrays = case.arrays()
     *operands, cotangent = arrays
     line = {"error": check(case, attention, arrays)} if not case.feature else {}
@@ -81,10 +94,12 @@ def main() -> int:
     cases = groups["quick"] if args.quick else [case for group in args.groups for case in groups[group]]
     cases = [case for case in cases if not args.directions or case.direction in args.directions]
     console = Console()
-    about = report.machine(args.commit)
-    console.print(" · ".join(f"{key}: {value}" for key, value in about.items() if value))
+    about = report.machine(args.commit) | timing.ceilings()
+    console.print(" · ".join(f"{key}: {value}" for key, value in about.items() if value), highlight=False)
 
-    table = Table("case", *args.impl, *([f"{args.impl[0]} / {name}" for name in args.impl[1:]]), title="TFLOP/s")
+    table = Table(
+        "case", *args.impl, *([f"{args.impl[0]} / {name}" for name in args.impl[1:]]), title="TFLOP/s (memory: MiB)"
+    )
     failures = 0
     args.out.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -107,7 +122,7 @@ def main() -> int:
                 }
                 try:
                     line |= measure(case, name)
-                    speeds[name] = line["tflops"]
+                    speeds[name] = line.get("tflops", line.get("scratch_MiB"))
                 except Skip as skip:
                     notes[name] = "-"
                     line["skipped"] = str(skip)

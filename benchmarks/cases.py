@@ -169,6 +169,9 @@ def named() -> dict[str, list[Case]]:
             for c in (False, True)
             for f in ("", "deterministic")
         ],
+        "memory": [
+            Case("memory", 1, t, t, 8, 8, 128, direction="bwd", causal=True) for t in (4096, 16384, 65536, 131072)
+        ],
         "decode": [Case("decode", 32, 1, 8192, 32, 8, 128)],
         "cpu": [Case("cpu", 1, 2048, 2048, 8, 8, 64, "f32", d, c) for d in both for c in (False, True)],
     }

@@ -45,38 +45,65 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def pictures(rows: Iterable[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
-    """TFLOP/s by length: a picture a direction and dtype, a panel for each head size, full and causal."""
+    """Pictures of a run: speed by length, with the matrix product's rate as the ceiling, and memory by length."""
     import matplotlib
 
     matplotlib.use("Agg")
+
+    rows = list(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    speeds = [row for row in rows if row.get("group") in ("grid", "quick", "fp8") and "tflops" in row]
+    written = [
+        _speed([row for row in speeds if (row["dir"], row["dtype"]) == kind], folder / "_".join((*kind, "speed.png")))
+        for kind in sorted({(row["dir"], row["dtype"]) for row in speeds})
+    ]
+    memory = [row for row in rows if "scratch_MiB" in row]
+    return [*written, _memory(memory, folder / "memory.png")] if memory else written
+
+
+def _speed(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row.get("group") in ("grid", "quick", "fp8") and "tflops" in row]
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for direction, dtype in sorted({(row["dir"], row["dtype"]) for row in rows}):
-        mine = [row for row in rows if (row["dir"], row["dtype"]) == (direction, dtype)]
-        dims = sorted({row["D"] for row in mine})
-        figure, axes = plt.subplots(2, len(dims), figsize=(3.4 * len(dims) + 0.6, 5.6), sharey=True, squeeze=False)
-        for column, dim in enumerate(dims):
-            for causal in (0, 1):
-                axis = axes[causal][column]
-                cell = [row for row in mine if row["D"] == dim and row["causal"] == causal]
-                for impl in [name for name in LABELS if any(row["impl"] == name for row in cell)]:
-                    points = sorted((row["S"], row["tflops"]) for row in cell if row["impl"] == impl)
-                    axis.plot(*zip(*points, strict=True), marker="o", label=LABELS[impl], color=COLORS[impl])
-                axis.set_xscale("log", base=2)
-                axis.set_title(f"head size {dim}, {'causal' if causal else 'full'}", fontsize=10)
-                axis.grid(alpha=0.3)
-                axis.set_ylim(bottom=0)
-                if causal:
-                    axis.set_xlabel("sequence length")
-            axes[0][0].set_ylabel("TFLOP/s")
-            axes[1][0].set_ylabel("TFLOP/s")
-        axes[0][0].legend(fontsize=8)
-        figure.suptitle({"fwd": "forward", "bwd": "backward"}[direction] + f", {dtype}, {mine[0].get('device', '')}")
-        figure.tight_layout()
-        written.append(folder / f"{direction}_{dtype}.png")
-        figure.savefig(written[-1], dpi=130)
-        plt.close(figure)
-    return written
+    dims = sorted({row["D"] for row in rows})
+    figure, axes = plt.subplots(2, len(dims), figsize=(3 * len(dims) + 0.6, 5.6), sharey=True, squeeze=False)
+    for column, dim in enumerate(dims):
+        for causal in (0, 1):
+            axis = axes[causal][column]
+            cell = [row for row in rows if row["D"] == dim and row["causal"] == causal]
+            for impl in [name for name in LABELS if any(row["impl"] == name for row in cell)]:
+                points = sorted((row["S"], row["tflops"]) for row in cell if row["impl"] == impl)
+                axis.plot(*zip(*points, strict=True), marker="o", label=LABELS[impl], color=COLORS[impl])
+            if rows[0].get("matmul_tflops") and rows[0]["dtype"] != "e4m3":
+                axis.axhline(rows[0]["matmul_tflops"], color="black", linestyle=":", label="bf16 matrix product")
+            axis.set_xscale("log", base=2)
+            axis.set_title(f"head size {dim}, {'causal' if causal else 'full'}", fontsize=11)
+            axis.grid(alpha=0.3)
+            axis.set_ylim(bottom=0)
+            if causal:
+                axis.set_xlabel("sequence length")
+            if column == 0:
+                axis.set_ylabel("TFLOP/s")
+    axes[0][0].legend(fontsize=9, loc="lower right")
+    direction = {"fwd": "forward", "bwd": "backward"}[rows[0]["dir"]]
+    figure.suptitle(f"{direction}, {rows[0]['dtype']}, {rows[0]['device']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _memory(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for impl in [name for name in LABELS if any(row["impl"] == name for row in rows)]:
+        points = sorted((row["S"], row["scratch_MiB"]) for row in rows if row["impl"] == impl)
+        axis.plot(*zip(*points, strict=True), marker="o", label=LABELS[impl], color=COLORS[impl])
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set(xlabel="sequence length", ylabel="MiB", title="Memory beside operands and results, forward + backward")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 REPEATS = 20
 
@@ -42,3 +43,18 @@ def warm_up(call: Callable[..., Any], *operands: Any, repeats: int = 3) -> None:
     for _ in range(repeats):
         out = call(*operands)
     jax.block_until_ready(out)
+
+
+def ceilings() -> dict[str, float]:
+    """What this GPU does at most, on random data: a bf16 matrix product of 8192^3, and a copy from device to device."""
+    if jax.default_backend() != "gpu":
+        return {}
+    a, b = (jax.random.normal(jax.random.key(i), (8192, 8192), jnp.bfloat16) for i in range(2))
+    source = jax.random.normal(jax.random.key(2), (2**29,), jnp.bfloat16)
+    product, copy = jax.jit(jnp.matmul), jax.jit(jnp.negative)
+    for call, operands in ((product, (a, b)), (copy, (source,))):
+        warm_up(call, *operands)
+    return {
+        "matmul_tflops": 2 * 8192**3 / wall_ms(product, a, b) / 1e9,
+        "copy_tbs": 2 * source.nbytes / wall_ms(copy, source) / 1e9,
+    }
