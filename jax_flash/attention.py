@@ -229,6 +229,8 @@ def _for_kernels(spec: AttentionSpec, q: Any, k: Any, v: Any, operands: Operands
     """The same call as kernels take it: a scale that keeps the order of scores, head sizes that are multiples of 8."""
     if spec.scale < 0:
         spec, q = dataclasses.replace(spec, scale=-spec.scale), -q
+    elif spec.scale == 0:  # times a hidden score, -inf, it would be NaN
+        spec, q = dataclasses.replace(spec, scale=1.0), jnp.zeros_like(q)
     if operands.alibi_slopes is not None:
         operands = operands._replace(alibi_slopes=_constant_slopes(operands.alibi_slopes))
     if q.dtype.itemsize == 2:

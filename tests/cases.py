@@ -179,10 +179,9 @@ def _rounding(name: str, dtype: np.dtype, storage: np.dtype) -> float:
     """Relative error of one term of a result, beside what plain attention has."""
     if storage.itemsize == 2 and name == "lse":
         return 2.0**-18  # exponentials and logarithms of the hardware are good to 2 ** -22
-    if storage.itemsize == 2 and name == "dsinks":
-        return float(jnp.finfo(storage).eps)  # made from the rounded output
-    roundings = 1 if dtype.itemsize == 2 else 4  # the score's, the lse's, their difference's and the exponential's
-    return roundings * float(jnp.finfo(dtype).eps)
+    if storage.itemsize == 2:
+        return float(jnp.finfo(storage).eps)  # gradients are made from the rounded output, whatever their own type
+    return 4 * float(jnp.finfo(dtype).eps)  # the score's, the lse's, their difference's and the exponential's
 
 
 def any_case(

@@ -75,12 +75,14 @@ struct DeltaPass {
   size_t kernel, lse_log2, delta;
   int padded_len;
 
-  void Run(const Launch& launch) const {
+  // Clears dq_sums, rows of `sums_size`, unless it is null.
+  void Run(const Launch& launch, float* dq_sums, int sums_size) const {
     const Problem& problem = launch.call.problem;
     const Buffers& buffers = launch.buffers;
-    launch.Run(kernel, {{static_cast<unsigned>(problem.batch) * problem.q_heads, CeilDiv(padded_len, kDeltaRows)}},
-               DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
-                         launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len, nullptr, 0});
+    launch.Run(
+        kernel, {{static_cast<unsigned>(problem.batch) * problem.q_heads, CeilDiv(padded_len, kDeltaRows)}},
+        DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
+                  launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len, dq_sums, sums_size});
   }
 };
 
@@ -159,7 +161,7 @@ Planned PlanSm80Backward(const Call& call) {
                             32 * row_tiles.warps, SharedBytesOfRows(row_tiles)});
     plan.facts.push_back({"dq", "a pass of its own, tile " + TileFact(row_tiles)});
     plan.launch = [=](const Launch& launch) {
-      delta.Run(launch);
+      delta.Run(launch, nullptr, 0);
       run_main(launch, nullptr);
       Sm80BackwardArgs args = Args(launch, delta);
       args.segments = row_segments.Run(launch);
@@ -180,12 +182,10 @@ Planned PlanSm80Backward(const Call& call) {
   plan.kernels.push_back({"sm80/convert_dq.cuh", "sm80_convert_dq", VariantText(converted, TilesText(convert_tiles)),
                           32 * kConvertWarps, 0});
   const size_t pairs = static_cast<size_t>(problem.batch) * problem.q_heads;
-  const size_t sums_bytes = pairs * delta.padded_len * tiles.head_dim * sizeof(float);
-  const size_t sums = plan.AddScratch(sums_bytes);
+  const size_t sums = plan.AddScratch(pairs * delta.padded_len * tiles.head_dim * sizeof(float));
   plan.launch = [=](const Launch& launch) {
     float* const dq_sums = launch.Scratch<float>(sums);
-    launch.Zero(dq_sums, sums_bytes);
-    delta.Run(launch);
+    delta.Run(launch, dq_sums, tiles.head_dim);
     run_main(launch, dq_sums);
     Sm80BackwardArgs args = Args(launch, delta);
     args.dq_sums = dq_sums;
@@ -209,7 +209,7 @@ Planned PlanSm80BiasGradient(const Call& call) {
   plan.launch = [=](const Launch& launch) {
     const Problem& problem = launch.call.problem;
     const Dense& bias = launch.features.bias;
-    delta.Run(launch);
+    delta.Run(launch, nullptr, 0);
     Sm80BackwardArgs args = Args(launch, delta);
     args.segments = segments.Run(launch);
     const unsigned q_tiles = bias.q_stride ? CeilDiv(problem.q_len, tiles.queries) : 1;

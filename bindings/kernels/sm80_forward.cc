@@ -30,8 +30,8 @@ Sm80Tiles ChooseTiles(const Call& call) {
     if (HasScoreFeatures(spec) && head > 64) tiles.keys = 32;
   } else if (head > 128) {
     tiles.queries = 64;
-  } else if (head == 64 && !spec.segment_ids) {
-    tiles.keys = 128;
+  } else if (head == 64) {
+    tiles.keys = 96;
   }
   return tiles;
 }

@@ -53,7 +53,7 @@ struct OnlineSoftmax {
   // The factor that normalises the output of row r, and the row's natural lse. `sink` (natural units) joins the
   // denominator of a row that saw a key; a row that saw none gives 0 and -inf.
   template <bool kSink>
-  JF_DEVICE float finish(int r, float unit, float sink, float& lse) {
+  JF_DEVICE float finish(int r, float unit, float sink, float& lse) const {
     const float total = row_sum(sum[r]);
     if (maximum[r] == -infinity()) {
       lse = -infinity();

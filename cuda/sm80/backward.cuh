@@ -4,25 +4,31 @@
 //
 // Grid: one block for each (key tile, key head, batch entry), in sections of heads whose arrays share the L2; inside a
 // section the first key tiles, which under causal masks are seen by the most queries, come first. A block walks the
-// query tiles that see its keys, for every query head of its key head: grouped heads are summed in registers. Block:
-// kTiles.warps warps. S and dP are divided over a grid of warps by (queries, keys); P and dS then go to shared memory
-// in 16 bits, from where dK and dV are divided by (keys, head size) and dQ by (queries, head size).
+// query tiles that see its keys, for every query head of its key head: grouped heads are summed in registers.
 //
-//   shared memory    K keys x head_dim, V keys x value_dim (at the end: dK, dV)  |  kStages of Q queries x head_dim, dO
-//   queries x
-//                    value_dim  |  P, dS queries x keys (16-bit)
-//   registers        dK, dV (fp32), and in turns S with dP, and dQ
+// Block: kTiles.warps warps. S and dP are divided over a grid of warps by (queries, keys); P and dS then go to shared
+// memory in 16 bits, from where dK and dV are divided by (keys, head size) and dQ by (queries, head size).
 //
-// A step of the loop:    wait for Q, dO   barrier A   [two stages: load the next]   S, dP, P, dS   barrier B   dV, dK
-//                        [one stage: barrier C, load the next]   dQ
-//   A: Q and dO are there for all; nobody reads P, dS or the other stage any more.  B: P and dS are there.  C: nobody
-//   reads Q, dO.
+//   shared memory  K     keys x head_dim, at the end dK       V   keys x value_dim, at the end dV
+//   (16-bit)       Q     stages x queries x head_dim          dO  stages x queries x value_dim
+//                  P, dS queries x keys
+//   registers      dK, dV in fp32, and in turns S with dP, and dQ
+//
+// A step of the loop:
+//   wait for Q, dO; barrier A    Q and dO are there for all; nobody reads P, dS or the other stage any more
+//   load the next Q, dO          with two stages
+//   S, dP; P and dS to shared memory
+//   barrier B                    P and dS are there for all
+//   dV, dK
+//   barrier C; load the next     with one stage: nobody reads Q and dO any more
+//   dQ
 //
 // dQ leaves by fp32 atomics to dq_sums, zero at the start: [batch, q_heads, padded_len / 16, head_dim / 16] blocks of
 // 16 x 16 in the order of the registers (add_query_gradient), so that a warp's additions are contiguous;
-// sm80/convert_dq.cuh puts them in order. The order of those additions varies; the deterministic variant leaves dQ to
-// sm80/query_gradient.cuh. Limits: as sm80/forward.cuh. Rows past their lengths are read as zeros, and delta.cuh makes
-// their probabilities 0.
+// sm80/convert_dq.cuh puts them in order. The order of the additions varies from run to run, so the deterministic
+// variant leaves dQ to sm80/query_gradient.cuh.
+//
+// Rows past their lengths are read as zeros, and delta.cuh makes their probabilities 0. Limits: as sm80/forward.cuh.
 #include "sm80/args.h"
 #include "sm80/gradients.cuh"
 #include "sm80/tile.cuh"
@@ -31,8 +37,7 @@ namespace jf {
 
 constexpr int kThreads = 32 * kTiles.warps;
 constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys, kStages = kTiles.stages;
-constexpr int kHeadSteps = (kSpec.head_dim + 15) / 16,
-              kValueSteps = (kSpec.value_dim + 15) / 16;  // of 16, the k of an mma
+constexpr int kHeadSteps = (kSpec.head_dim + 15) / 16, kValueSteps = (kSpec.value_dim + 15) / 16;  // of an mma's k
 
 // 16 x 16 blocks of a warp, when kTiles.warps are a grid of `kRows` rows over a product of rows x columns.
 template <int kSizeRows, int kSizeColumns, int kGridRows>
@@ -112,8 +117,6 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
   using namespace jf;
   extern __shared__ unsigned char dynamic_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
-  const u32 shared_k = shared_address(shared.k), shared_v = shared_address(shared.v);
-  const u32 shared_p = shared_address(shared.p), shared_ds = shared_address(shared.ds);
   const Problem& problem = args.problem;
   const TilePlace place = place_in_sections(blockIdx.x, problem.kv_heads * problem.batch, args.tiles, args.section);
   const int batch = place.pair / problem.kv_heads, kv_head = place.pair % problem.kv_heads;
@@ -132,22 +135,18 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
         head_rows(args.k, problem.k_batch(batch), problem.kv_len, problem.kv_heads, kv_head, kSpec.head_dim);
     const HeadRows v =
         head_rows(args.v, problem.v_batch(batch), problem.kv_len, problem.kv_heads, kv_head, kSpec.value_dim);
-    load_tile<kKeys, kTiles.head_dim, kSpec.head_dim, kThreads>(shared_k, band.kv_end - k0,
-                                                                [&](int r) { return k(k0 + r); });
-    load_tile<kKeys, kTiles.value_dim, kSpec.value_dim, kThreads>(shared_v, band.kv_end - k0,
-                                                                  [&](int r) { return v(k0 + r); });
+    load_tile<HeadTile, kKeys, kSpec.head_dim, kThreads>(shared_address(shared.k), k, k0, band.kv_end);
+    load_tile<ValueTile, kKeys, kSpec.value_dim, kThreads>(shared_address(shared.v), v, k0, band.kv_end);
   };
   const HeadRows q =
       head_rows(args.q, problem.q_batch(batch), problem.q_len, problem.q_heads, first_head, kSpec.head_dim);
   const HeadRows dout = head_rows(args.dout, batch, problem.q_len, problem.q_heads, first_head, kSpec.value_dim);
   const auto load_queries = [&](int head, int tile, int stage) {  // head: within the group
     const int q0 = tile * kQueries;
-    load_tile<kQueries, kTiles.head_dim, kSpec.head_dim, kThreads>(
-        shared_address(shared.q[stage]), band.q_end - q0,
-        [&](int r) { return q(q0 + r) + head * (2 * kSpec.head_dim); });
-    load_tile<kQueries, kTiles.value_dim, kSpec.value_dim, kThreads>(
-        shared_address(shared.dout[stage]), band.q_end - q0,
-        [&](int r) { return dout(q0 + r) + head * (2 * kSpec.value_dim); });
+    load_tile<HeadTile, kQueries, kSpec.head_dim, kThreads>(shared_address(shared.q[stage]),
+                                                            q.of_head(head, kSpec.head_dim), q0, band.q_end);
+    load_tile<ValueTile, kQueries, kSpec.value_dim, kThreads>(shared_address(shared.dout[stage]),
+                                                              dout.of_head(head, kSpec.value_dim), q0, band.q_end);
     commit_copies();
   };
 
@@ -167,6 +166,8 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
       head = gradient_head(problem, args.features, band, {args.lse_log2, args.delta}, args.padded_len, batch,
                            first_head + in_group);
     }
+    const u32 shared_k = fresh(shared_address(shared.k)), shared_v = fresh(shared_address(shared.v));
+    const u32 shared_p = fresh(shared_address(shared.p)), shared_ds = fresh(shared_address(shared.ds));
     const bool last_tile = tile + 1 == tiles.end;
     const int next_tile = last_tile ? tiles.begin : tile + 1, next_in_group = last_tile ? in_group + 1 : in_group;
 
@@ -233,7 +234,8 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
   __syncthreads();  // nobody reads K and V any more: dK and dV take their places
   const HeadRows dk_rows = head_rows(args.dk, batch, problem.kv_len, problem.kv_heads, kv_head, kSpec.head_dim);
   const HeadRows dv_rows = head_rows(args.dv, batch, problem.kv_len, problem.kv_heads, kv_head, kSpec.value_dim);
-  store_gradient<HeadTile, kSpec.head_dim, KeyGradient>(shared_k, dk, problem.scale, dk_rows, k0, problem.kv_len);
-  store_gradient<ValueTile, kSpec.value_dim, ValueGradient>(shared_v, dv, kSpec.dropout ? problem.dropout_scale : 1.f,
-                                                            dv_rows, k0, problem.kv_len);
+  store_gradient<HeadTile, kSpec.head_dim, KeyGradient>(shared_address(shared.k), dk, problem.scale, dk_rows, k0,
+                                                        problem.kv_len);
+  store_gradient<ValueTile, kSpec.value_dim, ValueGradient>(
+      shared_address(shared.v), dv, kSpec.dropout ? problem.dropout_scale : 1.f, dv_rows, k0, problem.kv_len);
 }

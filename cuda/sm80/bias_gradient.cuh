@@ -87,14 +87,10 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
         for (int n = tiles.begin; n < tiles.end; n++) {
           const int k0 = n * kKeys;
           __syncthreads();  // nobody reads the tiles before these any more
-          load_tile<kQueries, kTiles.head_dim, kSpec.head_dim, kThreads>(shared_q, band.q_end - q0,
-                                                                         [&](int r) { return q(q0 + r); });
-          load_tile<kQueries, kTiles.value_dim, kSpec.value_dim, kThreads>(shared_dout, band.q_end - q0,
-                                                                           [&](int r) { return dout(q0 + r); });
-          load_tile<kKeys, kTiles.head_dim, kSpec.head_dim, kThreads>(shared_k, band.kv_end - k0,
-                                                                      [&](int r) { return k(k0 + r); });
-          load_tile<kKeys, kTiles.value_dim, kSpec.value_dim, kThreads>(shared_v, band.kv_end - k0,
-                                                                        [&](int r) { return v(k0 + r); });
+          load_tile<HeadTile, kQueries, kSpec.head_dim, kThreads>(shared_q, q, q0, band.q_end);
+          load_tile<ValueTile, kQueries, kSpec.value_dim, kThreads>(shared_dout, dout, q0, band.q_end);
+          load_tile<HeadTile, kKeys, kSpec.head_dim, kThreads>(shared_k, k, k0, band.kv_end);
+          load_tile<ValueTile, kKeys, kSpec.value_dim, kThreads>(shared_v, v, k0, band.kv_end);
           commit_copies();
           wait_copies<0>();
           __syncthreads();  // all four tiles are there for all

@@ -59,20 +59,16 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
   const HeadRows v =
       head_rows(args.v, problem.v_batch(batch), problem.kv_len, problem.kv_heads, kv_head, kSpec.value_dim);
   const auto load_k = [&](int n) {
-    load_tile<kKeys, kTiles.head_dim, kSpec.head_dim, kThreads>(shared_k, band.kv_end - n * kKeys,
-                                                                [&](int r) { return k(n * kKeys + r); });
+    load_tile<HeadTile, kKeys, kSpec.head_dim, kThreads>(shared_k, k, n * kKeys, band.kv_end);
     commit_copies();
   };
   const auto load_v = [&](int n) {
-    load_tile<kKeys, kTiles.value_dim, kSpec.value_dim, kThreads>(shared_v, band.kv_end - n * kKeys,
-                                                                  [&](int r) { return v(n * kKeys + r); });
+    load_tile<ValueTile, kKeys, kSpec.value_dim, kThreads>(shared_v, v, n * kKeys, band.kv_end);
     commit_copies();
   };
   if (tiles.size() > 0) {
-    load_tile<kQueries, kTiles.head_dim, kSpec.head_dim, kThreads>(shared_q, band.q_end - q0,
-                                                                   [&](int r) { return q(q0 + r); });
-    load_tile<kQueries, kTiles.value_dim, kSpec.value_dim, kThreads>(shared_dout, band.q_end - q0,
-                                                                     [&](int r) { return dout(q0 + r); });
+    load_tile<HeadTile, kQueries, kSpec.head_dim, kThreads>(shared_q, q, q0, band.q_end);
+    load_tile<ValueTile, kQueries, kSpec.value_dim, kThreads>(shared_dout, dout, q0, band.q_end);
     load_v(tiles.begin);
     load_k(tiles.begin);
   }

@@ -32,27 +32,55 @@ struct Tile {
   }
 };
 
-// Copies a tile of kRows rows: row r from row_pointer(r), for r < valid; the others, and columns from kUsed on, become
-// zeros.
-template <int kRows, int kColumns, int kUsed, int kThreads, class RowPointer>
-JF_DEVICE void load_tile(u32 shared, int valid, RowPointer row_pointer) {
-  using T = Tile<kColumns>;
+// Copies a tile of kRows rows: row r from source(r), for r < valid; the others, and columns from kUsed on, become
+// zeros. A thread asks for its rows in ascending order, kThreads / T::kLanes apart, and for invalid ones too.
+template <class T, int kRows, int kUsed, int kThreads, class Source>
+JF_DEVICE void copy_tile(u32 shared, int valid, Source source) {
   constexpr int kStep = kThreads / T::kLanes;  // rows copied at a time
   static_assert(kStep % 8 == 0, "all rows of a thread have the same permutation");
-  const int lane_row = static_cast<int>(threadIdx.x) / T::kLanes,
-            lane_chunk = static_cast<int>(threadIdx.x) % T::kLanes;
-  const u32 target = shared + T::offset(lane_row, lane_chunk);
+  const int row = static_cast<int>(threadIdx.x) / T::kLanes, chunk = static_cast<int>(threadIdx.x) % T::kLanes;
+  const u32 target = shared + T::offset(row, chunk);
 #pragma unroll
   for (int r = 0; r < kRows; r += kStep) {
-    if (kRows % kStep != 0 && r + lane_row >= kRows) break;
-    const bool in = r + lane_row < valid;
-    const char* source = static_cast<const char*>(row_pointer(in ? r + lane_row : 0));
+    if (kRows % kStep != 0 && r + row >= kRows) break;
+    const char* from = source(r + row) + 16 * chunk;
 #pragma unroll
     for (int c = 0; c < T::kChunks; c += T::kLanes) {
-      const bool used = kUsed == kColumns || (c + lane_chunk) * 8 < kUsed;
-      copy_async(target + r * T::kRowBytes + c * 16, source + (used ? (c + lane_chunk) * 16 : 0), in && used);
+      const bool used = 8 * (c + T::kLanes) <= kUsed || 8 * (c + chunk) < kUsed;
+      copy_async(target + r * T::kRowBytes + 16 * c, from + 16 * c, r + row < valid && used);
     }
   }
+}
+
+// Rows of one (batch entry, head) in a [batch, length, heads, size] array of 16-bit elements.
+struct HeadRows {
+  const char* data;
+  long long row_bytes;
+  JF_DEVICE const char* operator()(int row) const { return data + row * row_bytes; }
+  // The same rows of the head that stands `heads` after this one.
+  JF_DEVICE HeadRows of_head(int heads, int size) const { return {data + 2 * heads * size, row_bytes}; }
+};
+JF_DEVICE HeadRows head_rows(const void* data, int batch, int length, int heads, int head, int size) {
+  return {static_cast<const char*>(data) + 2 * ((static_cast<long long>(batch) * length * heads + head) * size),
+          2LL * heads * size};
+}
+
+// Copies rows [first, first + kRows) of an array, of which those from `end` on do not exist.
+template <class T, int kRows, int kUsed, int kThreads>
+JF_DEVICE void load_tile(u32 shared, const HeadRows& rows, int first, int end) {
+  const char* next = rows(first + static_cast<int>(threadIdx.x) / T::kLanes);
+  copy_tile<T, kRows, kUsed, kThreads>(shared, end - first, [&](int) {
+    const char* row = next;
+    next += kThreads / T::kLanes * rows.row_bytes;
+    return row;
+  });
+}
+
+// The same address, but opaque: whatever is derived from it is computed again in each round of a loop, where otherwise
+// the addresses of all operands would stay in registers across it, and spill.
+JF_DEVICE u32 fresh(u32 address) {
+  asm volatile("" : "+r"(address));
+  return address;
 }
 
 // Operands of mma from a tile in shared memory, as 16 x 16 blocks: block (i, k) is the i-th of this warp along the rows
@@ -134,17 +162,6 @@ JF_DEVICE void clear(float (&c)[M][N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) c[m][i] = 0.f;
   }
-}
-
-// Rows of one (batch entry, head) in a [batch, length, heads, size] array of 16-bit elements.
-struct HeadRows {
-  const char* data;
-  long long row_bytes;
-  JF_DEVICE const char* operator()(int row) const { return data + row * row_bytes; }
-};
-JF_DEVICE HeadRows head_rows(const void* data, int batch, int length, int heads, int head, int size) {
-  return {static_cast<const char*>(data) + 2 * ((static_cast<long long>(batch) * length * heads + head) * size),
-          2LL * heads * size};
 }
 
 // Stores `count` rows of a tile, from row `first` on, to rows of an array from row `to` on; thread `thread` of
