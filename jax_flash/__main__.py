@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_flash import extension
-from jax_flash.spec import AttentionSpec, Operands
+from jax_flash import extension, fp8
+from jax_flash.spec import AttentionSpec, Fp8, Operands
 
 ARCHS = (80, 86, 89, 90, 100, 120)  # compute capabilities that kernels are compiled and checked for
 
@@ -46,6 +46,7 @@ def add_call_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-splits", type=int, default=1, metavar="COUNT")
     for operand in ("q-offset", "segment-ids", "q-lengths", "kv-lengths", "mask", "bias", "alibi-slopes", "sinks"):
         parser.add_argument(f"--{operand}", action="store_true", help=f"the call has {operand.replace('-', ' ')}")
+    parser.add_argument("--fp8", action="store_true", help="the forward pass quantises to 8 bits")
     parser.add_argument("--lse-gradient", action="store_true", help="the lse is part of the loss")
 
 
@@ -67,6 +68,7 @@ def custom_calls(options: argparse.Namespace) -> list[CustomCall]:
         dropout_rate=options.dropout_rate,
         deterministic=options.deterministic,
         kv_splits=options.kv_splits,
+        precision=Fp8() if options.fp8 else None,
     )
     seeded = options.dropout_rate > 0
     operands = Operands(
@@ -85,7 +87,16 @@ def custom_calls(options: argparse.Namespace) -> list[CustomCall]:
     )
     q = array(options.q_len, options.heads, options.head_dim)
     k, v = array(kv_len, kv_heads, options.head_dim), array(kv_len, kv_heads, value_dim)
-    calls = [CustomCall("forward", "jax_flash_forward", spec.attributes(q, k, v, operands))]
+    if options.fp8:
+        lengths = Operands(q_lengths=operands.q_lengths, kv_lengths=operands.kv_lengths)
+        quantize = spec.attributes(q, k, v, lengths) | {"rotate": Fp8().rotate}
+        forward = fp8.forward_attributes(spec, q, k, v, operands, q.dtype)
+        calls = [
+            CustomCall("quantize", "jax_flash_quantize", quantize),
+            CustomCall("forward", "jax_flash_forward_fp8", forward),
+        ]
+    else:
+        calls = [CustomCall("forward", "jax_flash_forward", spec.attributes(q, k, v, operands))]
     # The lse has the sinks in it already.
     attributes = spec.attributes(q, k, v, operands._replace(sinks=None)) | {"lse_cotangent": options.lse_gradient}
     calls.append(CustomCall("backward", "jax_flash_backward", attributes))

@@ -44,7 +44,8 @@ def attributes(q_len=256, kv_len=256, heads=8, kv_heads=8, head_dim=64, dtype=jn
 
 def test_every_target_has_its_stages(native):
     registrations = native.registrations()
-    assert set(registrations) == {FORWARD, "jax_flash_backward", "jax_flash_bias_gradient"}
+    directions = ("forward", "backward", "bias_gradient", "quantize", "forward_fp8")
+    assert set(registrations) == {f"jax_flash_{direction}" for direction in directions}
     assert all(set(stages) == {"instantiate", "initialize", "execute"} for stages in registrations.values())
 
 

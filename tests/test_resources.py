@@ -19,7 +19,7 @@ def table():
 @pytest.mark.parametrize("call", resources.SAMPLE)
 def test_kernels_stay_within_the_table(table, call, arch):
     rows = resources.measure(call, arch)
-    assert {row.direction for row in rows} >= {"forward", "backward"}
+    assert {row.direction for row in rows} >= ({"backward"} if "fp8" in call else {"forward", "backward"})
     for row in rows:
         known = table.get(row.key)
         assert known, f"{row.key} is not in the table: make resources"

@@ -38,13 +38,19 @@ FEATURES = (
 )
 ALL_FEATURES = "all features"
 # What CI compiles: every kernel in its plainest form, and with everything at once.
-SAMPLE = ("--head-dim 64 --causal", "--head-dim 128", f"--head-dim 128 --causal {ALL_FEATURES}")
+SAMPLE = (
+    "--head-dim 64 --causal",
+    "--head-dim 128",
+    f"--head-dim 128 --causal {ALL_FEATURES}",
+    "--head-dim 128 --causal --fp8",
+)
 ALL = tuple(
     dict.fromkeys(
         [
             *SAMPLE,
             *(f"{size}{causal}" for size in HEAD_SIZES for causal in ("", " --causal")),
             "--head-dim 128 --causal --dtype float16",
+            *(f"--head-dim {size} --causal --fp8" for size in (64, 128, 256)),
             *(f"--head-dim 128 --causal {feature}" for feature in FEATURES),
             *(f"{size} --causal {ALL_FEATURES}" for size in HEAD_SIZES),
         ]
