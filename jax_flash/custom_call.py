@@ -489,7 +489,7 @@ def _attention_backward(spec: AttentionSpec, path: str, lse_cotangent: bool, res
     dq, dk, dv = map(gradient, run("backward"), (q, k, v))
     gradients = Operands()
     if operands.bias is not None:
-        gradients = gradients._replace(bias=gradient(*run("bias_gradient"), operands.bias))
+        gradients = gradients._replace(bias=gradient(run("bias_gradient")[0], operands.bias))
     if operands.sinks is not None:
         dsinks = _sinks_gradient(operands.sinks, dout, dlse, out, lse)
         gradients = gradients._replace(sinks=gradient(dsinks, operands.sinks))

@@ -150,7 +150,7 @@ def public_results(case: Case, inputs: Inputs, **keywords: Any) -> dict[str, jax
 def check(inputs: Inputs, **results: Any) -> dict[str, tuple[float, float]]:
     """Asserts that results (named as in oracle.Results) are as exact as plain attention in the same dtype.
 
-    Each element may be off by twice the largest error of plain attention, plus the roundings of one of the terms it sums:
+    Each element may be off by twice the largest error of plain attention, plus the roundings of one of its terms:
     of a call with few elements, plain attention may have all right by luck.
     Returns the largest error and the largest error of plain attention of each result.
     """
