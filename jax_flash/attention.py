@@ -486,6 +486,6 @@ def _kind(value: Any) -> str:
 
 def _path(implementation: Any) -> str:
     paths = {None: "any", "cuda": "kernel", "xla": "xla"}
-    if implementation not in paths:
+    if not isinstance(implementation, str | None) or implementation not in paths:
         raise ValueError(f"implementation: expected None, 'cuda' or 'xla', got {implementation!r}")
     return paths[implementation]

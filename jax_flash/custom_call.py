@@ -559,7 +559,8 @@ def describe(spec: AttentionSpec, path: str, q: Any, k: Any, v: Any, operands: O
     calls = [(forward, (q, k, v, *present.values()))]
     for direction in ("backward", *(["bias_gradient"] if "bias" in present else [])):
         calls.append((Call(direction, spec, path, tuple(backward)), tuple(backward.values())))
-    lines = []
+    backend = jax.default_backend()
+    lines = [] if backend == "gpu" else [f"XLA on this machine, whose default backend is {backend}; compiled for CUDA:"]
     for call, arrays in calls:
         plan = _plan(call, arrays)
         facts = ", ".join(f"{name} {value}" for name, value in plan.get("facts", {}).items())

@@ -81,7 +81,9 @@ WRONG_ARGUMENTS = [
     wrong(TypeError, "broadcast_dropout", "True or False", dropout_rate=0.5, dropout_rng=KEY, broadcast_dropout="yes"),
     wrong(TypeError, "return_lse", "True or False", return_lse="no"),
     wrong(TypeError, "deterministic", "True or False", deterministic=0),
+    wrong(ValueError, "precision", r"None or jax_flash.Fp8\(...\)", precision="fp8"),
     wrong(ValueError, "implementation", "None, 'cuda' or 'xla'", implementation="cudnn"),
+    wrong(ValueError, "implementation", "None, 'cuda' or 'xla'", implementation=["xla"]),
 ]
 
 
