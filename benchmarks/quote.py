@@ -6,8 +6,9 @@ A block of a page looks like
     ...a table that this script writes...
     <!-- end -->
 
-and names a file of benchmarks/results, then what to show: `grid DIRECTION DTYPE` (speed by length and head size) or
-`cases GROUP` (a line a case). `--check` writes nothing and fails where a page and its run disagree.
+and names a file of benchmarks/results, then what to show: `grid DIRECTION DTYPE` (speed by length and head size),
+`cases GROUP` (a line a case) or `train` (steps of benchmarks.train). `--check` writes nothing and fails where a page
+and its run disagree.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .report import read
+from .report import LABELS, read
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -66,6 +67,26 @@ def cases(rows: list[dict[str, Any]], group: str) -> list[str]:
     return lines
 
 
+def train(rows: list[dict[str, Any]]) -> list[str]:
+    """Milliseconds a training step by sequence length, and how many times as fast ours is."""
+    names = [name for name in LABELS if any(row["impl"] == name for row in rows)]
+    lines = [f"| ms a step | {' | '.join(LABELS[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    for length in sorted({row["T"] for row in rows}):
+        by_name = {row["impl"]: row for row in rows if row["T"] == length}
+        ours = by_name["jax_flash"]
+        cells = [f"{ours['step_ms']:.1f} ({ours['GiB']:.0f} GiB)"]
+        for name in names[1:]:
+            row = by_name.get(name, {})
+            speed = (
+                f"{row['step_ms']:.1f} (x {row['step_ms'] / ours['step_ms']:.2f}, {row['GiB']:.0f} GiB)"
+                if "step_ms" in row
+                else ""
+            )
+            cells.append(speed or row.get("failed", "-"))
+        lines.append(f"| T {length} | {' | '.join(cells)} |")
+    return lines
+
+
 def quoted(text: str) -> str:
     """The page with every block written anew."""
 
@@ -73,7 +94,7 @@ def quoted(text: str) -> str:
         start, name, what, end = match.groups()
         rows = read(RESULTS / name)
         kind, *arguments = what.split()
-        lines = {"grid": grid, "cases": cases}[kind](rows, *arguments)
+        lines = {"grid": grid, "cases": cases, "train": train}[kind](rows, *arguments)
         return start + "\n".join(lines) + "\n" + origin(rows, name) + end
 
     return BLOCK.sub(block, text)

@@ -96,9 +96,10 @@ def main() -> int:
     parser.add_argument("--parallel", nargs="+", choices=["jit", "pmap"], default=["jit"])
     parser.add_argument("--repeats", type=int, default=4, help="steps in each of five rounds")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/train.jsonl"))
+    parser.add_argument("--commit", default="", help="recorded with the results where git cannot tell it")
     args = parser.parse_args()
 
-    console, about, devices = Console(), report.machine(), len(jax.devices())
+    console, about, devices = Console(), report.machine(args.commit), len(jax.devices())
     table = Table(
         "T", "attention", "parallel", "ms a step", "tokens/s", "GiB", "loss", title=f"{args.size}, {devices} devices"
     )
