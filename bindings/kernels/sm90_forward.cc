@@ -14,44 +14,51 @@ constexpr int kMultiprocessors = 132;
 
 int RoundUp(int value, int step) { return (value + step - 1) / step * step; }
 
-// Whether something is read for every score: such variants take fewer keys to stay within the registers.
-bool ReadsScores(const Spec& spec) { return spec.bias() || spec.mask; }
-
 bool Masks(const Spec& spec) { return spec.causal || spec.window_left || spec.window_right || spec.segment_ids; }
+
+// How many registers a feature takes from the scores, in columns of 16 keys: measured, so that no variant spills.
+int FeatureColumns(const Spec& spec) {
+  return 3 * spec.bias() + 2 * spec.mask + 2 * (spec.segment_ids && spec.head_dim <= 192) + 2 * spec.softcap +
+         (spec.sinks && (spec.q_lengths || spec.kv_lengths));
+}
 
 // Three consumer warpgroups where a row's registers allow it, else two.
 Sm90ForwardTiles ChooseTiles(const Call& call) {
   const Spec& spec = call.spec;
-  const int head = std::max(spec.head_dim, spec.value_dim);
-  const bool slim = !ReadsScores(spec) && !spec.segment_ids;
-  Sm90ForwardTiles tiles{128, 128, 2, 2, 1, Masks(spec) || spec.q_lengths || spec.kv_lengths, true, 0};
-  if (head <= 64) {
+  const int head = std::max(spec.head_dim, spec.value_dim), columns = FeatureColumns(spec);
+  const bool slim = !spec.bias() && !spec.mask && !spec.segment_ids;
+  const bool dynamic = Masks(spec) || spec.q_lengths || spec.kv_lengths;
+  Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, 0};
+  if (head <= 96) {
     if (slim) tiles.rows = 192;
-  } else if (head <= 96) {
-    if (slim) tiles.rows = 192;
-    tiles.keys = slim ? 96 : 112;
+    if (head > 64) tiles.keys = slim ? 96 : 112;
   } else if (head <= 128) {
-    if (spec.segment_ids) tiles.keys = 112;
+    tiles.q_registers = columns == 0;
+    tiles.q_stages = tiles.q_registers ? 1 : 2;
   } else {
     tiles.keys = head <= 192 ? 96 : 80;
     tiles.q_stages = 1;
   }
-  if (ReadsScores(spec)) tiles.keys -= 32;
+  tiles.keys = std::max(tiles.keys - 16 * columns, 32);
   return tiles;
 }
 
 size_t SharedBytes(const Spec& spec, const Sm90ForwardTiles& tiles) {
   const size_t head = RoundUp(spec.head_dim, 64), value = RoundUp(spec.value_dim, 64);
+  const bool own_out = tiles.q_stages == 2 || tiles.q_registers;
+  const size_t q = own_out ? tiles.q_stages * head + value : std::max(head, value);
   constexpr size_t kBarriersAndWork = 1024;
-  return 2 * (tiles.q_stages * tiles.rows * head + tiles.stages * tiles.keys * (head + value)) + kBarriersAndWork;
+  return 2 * (tiles.rows * q + tiles.stages * tiles.keys * (head + value)) + kBarriersAndWork;
 }
 
 std::string TilesText(const Sm90ForwardTiles& tiles) {
   std::string text = "#include \"sm90/args.h\"\nconstexpr jf::Sm90ForwardTiles kTiles{";
-  for (int number : {tiles.rows, tiles.keys, tiles.stages, tiles.q_stages, tiles.packed})
-    text += std::to_string(number) + ", ";
-  return text + (tiles.dynamic ? "true, " : "false, ") + (tiles.ping_pong ? "true, " : "false, ") +
-         std::to_string(tiles.software_exp2) + "};\n";
+  const auto number = [](int n) { return std::to_string(n) + ", "; };
+  const auto flag = [](bool yes) { return yes ? "true, " : "false, "; };
+  text +=
+      number(tiles.rows) + number(tiles.keys) + number(tiles.stages) + number(tiles.q_stages) + flag(tiles.q_registers);
+  text += number(tiles.packed) + flag(tiles.dynamic) + flag(tiles.ping_pong) + number(tiles.software_exp2);
+  return text + "};\n";
 }
 
 std::string Reason(const Call& call) {
@@ -114,9 +121,10 @@ Planned PlanSm90Forward(const Call& call) {
     args.q = map(buffers.q, problem.q_batch, problem.q_len, problem.q_heads, spec.head_dim, packed, rows / packed);
     args.k = map(buffers.k, problem.k_batch, problem.kv_len, problem.kv_heads, spec.head_dim, 1, keys);
     args.v = map(buffers.v, problem.v_batch, problem.kv_len, problem.kv_heads, spec.value_dim, 1, keys);
+    args.out =
+        map(buffers.out, {1, problem.batch}, problem.q_len, problem.q_heads, spec.value_dim, packed, 64 / packed);
     args.problem = problem;
     args.features = launch.features;
-    args.out = buffers.out;
     args.lse = buffers.lse;
     args.segments = segments.Run(launch);
     args.tiles = q_tiles;

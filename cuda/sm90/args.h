@@ -11,6 +11,7 @@ struct Sm90ForwardTiles {
   int rows, keys;     // of a tile of scores; 64 rows a consumer warpgroup
   int stages;         // of the ring of key and value tiles
   int q_stages;       // 2: the next tile's queries arrive, and its first scores start, before this tile has ended
+  bool q_registers;   // queries wait in registers, not in shared memory, which then has room and bandwidth to spare
   int packed;         // query heads of a key head whose rows share a tile; 1: each head has its own
   bool dynamic;       // tiles are drawn from a counter, else dealt out in advance
   bool ping_pong;     // the warpgroups take turns with the tensor cores
@@ -18,10 +19,10 @@ struct Sm90ForwardTiles {
 };
 
 struct Sm90ForwardArgs {
-  TensorMap q, k, v;  // boxes of 64 elements x (packed heads x queries) or keys
+  // Boxes of 64 elements x (packed heads x queries) of a tile (q) or a warpgroup (out), or x keys.
+  TensorMap q, k, v, out;
   Problem problem;
   Features features;
-  void* out;
   float* lse;
   SegmentTiles segments;
   int* counter;  // dynamic: 0 at launch

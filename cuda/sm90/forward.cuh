@@ -56,7 +56,10 @@ constexpr int kHeadAtoms = (kSpec.head_dim + 63) / 64,
               kValueAtoms = (kSpec.value_dim + 63) / 64;  // of 64 elements: 128 bytes
 constexpr int kQBytes = kHeadAtoms * kRows * 128, kKBytes = kHeadAtoms * kKeys * 128,
               kVBytes = kValueAtoms * kKeys * 128;
-constexpr bool kEarlyStart = kQStages == 2;
+constexpr int kOutBytes = kValueAtoms * kRows * 128;
+// With two slots for Q, or Q in registers, the next tile starts early and the output has its own staging; else it takes
+// the place of Q.
+constexpr bool kEarlyStart = kQStages == 2 || kTiles.q_registers, kOwnOut = kEarlyStart;
 
 // Registers of a thread. The shares add up to what the launch allotted: 65536 / kThreads, in steps of 8.
 constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
@@ -78,12 +81,13 @@ struct Work {
 };
 
 struct alignas(1024) Shared {
-  unsigned char q[kQStages][kQBytes];
+  unsigned char q[kQStages][kOwnOut || kQBytes > kOutBytes ? kQBytes : kOutBytes];
   unsigned char k[kStages][kKBytes];
   unsigned char v[kStages][kVBytes];
+  unsigned char out[kOwnOut ? kOutBytes : 16];
   u64 q_full[kQStages], q_free[kQStages];
   u64 k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
-  u64 work_full[2], work_free[2];
+  u64 work_full[2], work_free[2], work_wanted;
   Work work[2];
 };
 
@@ -145,7 +149,8 @@ JF_DEVICE void schedule(const Sm90ForwardArgs& args, Shared& shared) {
     shared.work[round & 1] = work;
     barrier_arrive(barrier_of(shared.work_full, round & 1));
     if (!work.valid()) return;
-    if constexpr (kTiles.dynamic) {
+    if constexpr (kTiles.dynamic) {  // as late as the producer lets it: a tile drawn early may be one too many
+      barrier_wait(barrier_of(&shared.work_wanted, 0), round & 1);
       index = blocks + atomicAdd(args.counter, 1);
     } else {  // back and forth, so that no block always gets the longest of a round
       index = (round + 1) * blocks + (round & 1 ? block : blocks - 1 - block);
@@ -189,6 +194,7 @@ JF_DEVICE void produce(const Sm90ForwardArgs& args, Shared& shared) {
       barrier_arrive_expect(k_full, kKBytes);
       load_atoms(shared_address(shared.k[ring.slot]), args.k, k_full, kHeadAtoms, kKeys, work.kv_head, n * kKeys,
                  k_batch);
+      if (kTiles.dynamic && n == work.keys.begin) barrier_arrive(barrier_of(&shared.work_wanted, 0));
       barrier_wait(barrier_of(shared.v_free, ring.slot), ring.parity ^ 1);
       barrier_arrive_expect(v_full, kVBytes);
       load_atoms(shared_address(shared.v[ring.slot]), args.v, v_full, kValueAtoms, kKeys, work.kv_head, n * kKeys,
@@ -199,12 +205,35 @@ JF_DEVICE void produce(const Sm90ForwardArgs& args, Shared& shared) {
 
 // ---- Consumers: a warpgroup computes 64 rows of the tile.
 
-// S = Q K^T, started. q, k, v: descriptors of the first step.
-JF_DEVICE void start_scores(float (&s)[kKeys / 2], u64 q, u64 k) {
+// A group's 64 rows of Q: where they stand in shared memory, or the rows themselves as operand A.
+struct QInShared {
+  u64 descriptor;
+};
+struct QInRegisters {
+  u32 words[kHeadSteps * 4];
+
+  JF_DEVICE void load(u32 rows) {
+    const u32 row = static_cast<u32>(threadIdx.x) / 32 % 4 * 16 + lane_id() % 16;
+#pragma unroll
+    for (int step = 0; step < kHeadSteps; step++) {
+      load_matrix(words + 4 * step,
+                  rows + step / 4 * (kRows * 128) + swizzled_offset(row, step % 4 * 2 + lane_id() / 16));
+    }
+  }
+};
+
+// S = Q K^T, started. k, v: descriptors of the first step.
+template <class Q>
+JF_DEVICE void start_scores(float (&s)[kKeys / 2], const Q& q, u64 k) {
 #pragma unroll
   for (int step = 0; step < kHeadSteps; step++) {
-    wgmma<kSpec.dtype>(s, descriptor_after(q, step / 4 * (kRows * 128) + step % 4 * 32),
-                       descriptor_after(k, step / 4 * (kKeys * 128) + step % 4 * 32), step != 0);
+    const u64 k_step = descriptor_after(k, step / 4 * (kKeys * 128) + step % 4 * 32);
+    if constexpr (kTiles.q_registers) {
+      wgmma<kSpec.dtype>(s, q.words + 4 * step, k_step, step != 0);
+    } else {
+      wgmma<kSpec.dtype>(s, descriptor_after(q.descriptor, step / 4 * (kRows * 128) + step % 4 * 32), k_step,
+                         step != 0);
+    }
   }
   wgmma_commit();
 }
@@ -231,61 +260,64 @@ JF_DEVICE void zero_values(u32 v, int from, int group) {
   named_sync(1 + kGroups + group, 128);
 }
 
-// 4 x 4 words of the four lanes of a quad: lane q's word i becomes lane i's word q.
-JF_DEVICE void transpose_quad(u32 (&words)[4]) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = lane_id() & bit;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i & bit) continue;
-      const u32 other = __shfl_xor_sync(~0u, upper ? words[i] : words[i + bit], bit);
-      (upper ? words[i] : words[i + bit]) = other;
-    }
-  }
-}
-
 using Softmax = OnlineSoftmax<true, kTiles.software_exp2>;
 
-// Normalises the rows and writes them, with their lse. Rows at or past the length are zeros with an lse of -inf.
-JF_DEVICE void store(const Sm90ForwardArgs& args, const Work& work, int warp_row, float (&o)[kValueSteps * 8],
-                     Softmax& softmax, float unit) {
+// The factors that normalise the thread's two rows; writes their lse. Rows at or past the length get 0 and -inf.
+JF_DEVICE void finish(const Sm90ForwardArgs& args, const Work& work, int warp_row, Softmax& softmax, float unit,
+                      float (&factor)[2]) {
   const Problem& p = args.problem;
-  const int quad = lane_id() % 4;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int row = work.row0 + warp_row + lane_id() / 4 + 8 * r, query = row / kTiles.packed;
     const int head = work.head + row % kTiles.packed;
-    float lse, factor;
+    float lse;
     if constexpr (kSpec.sinks) {
-      factor = softmax.template finish<true>(r, unit, args.features.sinks[head], lse);
+      factor[r] = softmax.template finish<true>(r, unit, args.features.sinks[head], lse);
     } else {
-      factor = softmax.template finish<false>(r, unit, 0.f, lse);
+      factor[r] = softmax.template finish<false>(r, unit, 0.f, lse);
     }
-    if constexpr (kSpec.dropout) factor *= p.dropout_scale;
-    const bool real = !kSpec.q_lengths || query < work.band.q_end, written = query < p.q_len;
-    if (written && quad == 0) {
-      args.lse[(static_cast<long long>(work.batch) * p.q_heads + head) * p.q_len + query] = real ? lse : -infinity();
+    if constexpr (kSpec.dropout) factor[r] *= p.dropout_scale;
+    if (kSpec.q_lengths && query >= work.band.q_end) {
+      factor[r] = 0.f;
+      lse = -infinity();
     }
-    const long long place = (static_cast<long long>(work.batch) * p.q_len + query) * p.q_heads + head;
-    char* out = static_cast<char*>(args.out) + place * (2 * kSpec.value_dim) + quad * 16;
+    if (lane_id() % 4 == 0 && query < p.q_len) {
+      args.lse[(static_cast<long long>(work.batch) * p.q_heads + head) * p.q_len + query] = lse;
+    }
+  }
+}
+
+// Normalises a group's rows and sends them off, through shared memory.
+JF_DEVICE void store(const Sm90ForwardArgs& args, const Work& work, int group, const float (&o)[kValueSteps * 8],
+                     const float (&factor)[2], u32 staging) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  if constexpr (kOwnOut) {  // TMA must have read what the group's last tile left there
+    if (thread == 0) bulk_wait_read<0>();
+    named_sync(1 + kGroups + group, 128);
+  }
+  const int row = group * 64 + thread / 32 * 16 + lane_id() % 16;
 #pragma unroll
-    for (int block = 0; block < 2 * kValueSteps; block += 4) {  // four times 8 columns
-      u32 words[4];
+  for (int step = 0; step < kValueSteps; step++) {  // 16 columns
+    u32 words[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (block + i >= 2 * kValueSteps) {
-          words[i] = 0;
-          continue;
-        }
-        const float* pair = o + 4 * (block + i) + 2 * r;
-        words[i] = real ? pack<kSpec.dtype>(pair[0] * factor, pair[1] * factor) : 0;
-      }
-      transpose_quad(words);
-      if (written && 8 * (block + quad) < kSpec.value_dim) {
-        *reinterpret_cast<uint4*>(out + block * 16) = make_uint4(words[0], words[1], words[2], words[3]);
-      }
+    for (int i = 0; i < 4; i++) {
+      const float low = o[8 * step + 2 * i] * factor[i % 2], high = o[8 * step + 2 * i + 1] * factor[i % 2];
+      // 0 times what a poisoned query left is not 0
+      words[i] = !kSpec.q_lengths || factor[i % 2] != 0.f ? pack<kSpec.dtype>(low, high) : 0;
     }
+    const u32 to = staging + step / 4 * (kRows * 128) + swizzled_offset(row, step % 4 * 2 + lane_id() / 16);
+    store_matrix(to, words[0], words[1], words[2], words[3]);
+  }
+  async_fence();
+  named_sync(1 + kGroups + group, 128);
+  if (thread == 0) {
+    const int first = group * 64;
+    for (int atom = 0; atom < kValueAtoms; atom++) {
+      tma_store(args.out, staging + (atom * kRows + first) * 128, atom * 64, work.head,
+                (work.row0 + first) / kTiles.packed, work.batch);
+    }
+    bulk_commit();
+    if constexpr (!kOwnOut) bulk_wait_read<0>();
   }
 }
 
@@ -307,11 +339,17 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
   Ring<kStages> ring;
   Ring<kQStages> q_ring;
 
-  const u64 q0 = descriptor_k_major(shared_address(shared.q[0]) + group * (64 * 128)),
-            k0 = descriptor_k_major(shared_address(shared.k[0])),
+  const u64 k0 = descriptor_k_major(shared_address(shared.k[0])),
             v0 = descriptor_mn_major(shared_address(shared.v[0]), kKeys * 128);
+  QInRegisters q_words;
+  const auto q_rows = [&] { return shared_address(shared.q[q_ring.slot]) + group * (64 * 128); };
   const auto start_scores_of = [&](u32 slot) {
-    start_scores(s, descriptor_after(q0, q_ring.slot * kQBytes), descriptor_after(k0, slot * kKBytes));
+    const u64 k = descriptor_after(k0, slot * kKBytes);
+    if constexpr (kTiles.q_registers) {
+      start_scores(s, q_words, k);
+    } else {
+      start_scores(s, QInShared{descriptor_k_major(q_rows())}, k);
+    }
   };
   const auto start_values_of = [&](u32 slot, bool accumulate) {
     start_values(o, p, descriptor_after(v0, slot * kVBytes), accumulate);
@@ -339,6 +377,10 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
   const auto start_first_scores = [&](bool valid) {
     if (valid) {
       barrier_wait(barrier_of(shared.q_full, q_ring.slot), q_ring.parity);
+      if constexpr (kTiles.q_registers) {
+        q_words.load(q_rows());
+        release(shared.q_free, q_ring.slot);
+      }
       barrier_wait(barrier_of(shared.k_full, ring.slot), ring.parity);
     }
     wait_turn();
@@ -395,7 +437,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
 
     int n = keys.end - 1;
     release(shared.k_free, ring.slot);
-    if (n == keys.begin) release(shared.q_free, q_ring.slot);
+    if (kQStages == 2 && n == keys.begin) release(shared.q_free, q_ring.slot);
     logits(n);
     softmax.template step<true>(s, rescale, score.unit);
     drop(n);
@@ -422,7 +464,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       wgmma_wait<1>();
       pin(s);
       release(shared.k_free, next.slot);
-      if (n == keys.begin) release(shared.q_free, q_ring.slot);
+      if (kQStages == 2 && n == keys.begin) release(shared.q_free, q_ring.slot);
       logits(n);
       softmax.template step<false>(s, rescale, score.unit);
       drop(n);
@@ -444,24 +486,32 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     barrier_wait(barrier_of(shared.v_full, ring.slot), ring.parity);
     wgmma_fence();
     start_values_of(ring.slot, accumulate);
+    float factor[2];
+    finish(args, *work, warp_row, softmax, score.unit, factor);
     const u32 last = ring.slot;
     ring.advance();
     q_ring.advance();
+    bool held = true;
+    const auto let_go = [&] {  // the ring cannot move on by as many slots as it has while this group holds the last one
+      wgmma_wait<0>();
+      release(shared.v_free, last);
+      held = false;
+    };
+    const int behind = keys.begin - uniform(work->keys.begin);
+    if (behind > 0) {  // before the wait for more work, which is not drawn until all keys of this tile are on their way
+      let_go();
+      skip(behind);
+    }
     const Work* next_work = wait_work(shared, ++round);
     more = uniform(next_work->row0) >= 0;
-    int skipped = keys.begin - uniform(work->keys.begin);
+    int ahead = 0;
     if (more) {
       keys = keys_of_group(*next_work);
-      skipped += uniform(next_work->keys.end) - keys.end;
+      ahead = uniform(next_work->keys.end) - keys.end;
     }
-    bool held = true;
     if constexpr (kEarlyStart) {
-      if (skipped >= kStages) {  // the ring cannot move on that far while this group holds its last slot
-        wgmma_wait<0>();
-        release(shared.v_free, last);
-        held = false;
-      }
-      skip(skipped);
+      if (held && ahead >= kStages) let_go();
+      skip(ahead);
       start_first_scores(more);
       wgmma_wait<1>();
     } else {
@@ -469,11 +519,12 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     }
     pin(o);
     if (held) release(shared.v_free, last);
-    store(args, *work, warp_row, o, softmax, score.unit);
+    store(args, *work, group, o, factor, shared_address(kOwnOut ? shared.out : shared.q[0]));
+    if (!kOwnOut) release(shared.q_free, 0);
     __syncwarp();
     release(shared.work_free, (round & 1) ^ 1);
     if constexpr (!kEarlyStart) {
-      skip(skipped);
+      skip(ahead);
       start_first_scores(more);
     }
     wgmma_wait<0>();
@@ -481,6 +532,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     work = next_work;
   }
   if (kTiles.ping_pong && group == 0) wait_turn();  // the turn that the last group passed
+  bulk_wait<0>();                                   // shared memory must outlive the stores
 }
 
 }  // namespace jf
@@ -503,6 +555,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
       barrier_init(barrier_of(shared.k_free, i), kConsumerWarps);
       barrier_init(barrier_of(shared.v_free, i), kConsumerWarps);
     }
+    barrier_init(barrier_of(&shared.work_wanted, 0), 1);
     for (int i = 0; i < 2; i++) {
       barrier_init(barrier_of(shared.work_full, i), 1);
       barrier_init(barrier_of(shared.work_free, i), kConsumerWarps + 1);
