@@ -22,6 +22,7 @@ import long_context  # noqa: E402
 import swap_attention  # noqa: E402
 import text  # noqa: E402
 import train  # noqa: E402
+import train_small  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +105,11 @@ def test_the_text_is_small_and_always_the_same():
     corpus = text.text()
     assert 1_000_000 <= len(corpus) < 1_001_000
     assert corpus == text.text()
+
+
+def test_the_main_job(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_small.py", "--steps", "60", "--picture", str(tmp_path / "loss.png")])
+    monkeypatch.setattr(train_small, "LAYERS", 2)
+    train_small.main()
+    assert re.search(r"loss: [45]\.\d+ -> [12]\.\d+", capsys.readouterr().out)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
