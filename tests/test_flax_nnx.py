@@ -9,6 +9,7 @@ import pytest
 from flax import linen, nnx
 from jax.sharding import AxisType, PartitionSpec
 
+from jax_flash import Fp8
 from jax_flash.flax import attention_fn
 from jax_flash.flax import nnx as flash_nnx
 
@@ -143,6 +144,13 @@ def test_softcap_and_sinks():
 
     close(module(X), make(attention_fn=exact)(X))
     assert abs(nnx.grad(lambda module: module(X).sum())(module)["sinks"][...]).min() > 0
+
+
+def test_fp8_attention():
+    options = {"dtype": jnp.bfloat16, "causal": True, "num_kv_heads": 2}
+    ours, exact = (make(**options, **precision)(X) for precision in ({"attention_precision": Fp8()}, {}))
+    error = jnp.linalg.norm((ours - exact).astype(jnp.float32)) / jnp.linalg.norm(exact.astype(jnp.float32))
+    assert 1e-3 < error < 0.1
 
 
 def test_rotary_as_in_flax():

@@ -13,6 +13,7 @@ from flax import linen, nnx
 from jax import lax
 
 from jax_flash.attention import flash_attention
+from jax_flash.spec import Fp8
 
 logger = logging.getLogger("jax_flash")
 
@@ -57,8 +58,8 @@ def attention_fn(
         than other dense masks.
       module: the module that sows the attention weights (before dropout) as `attention_weights`, computed as a
         `[*B, N, T, S]` array beside the output.
-      precision: `jax_flash.Fp8` or another `precision` of `flash_attention`; those of JAX change nothing, as products
-        are accumulated in float32 anyway, and those of float32 are exact.
+      precision: `jax_flash.Fp8`; precisions of JAX change nothing, as products are accumulated in float32 anyway, and
+        those of float32 are exact.
       is_causal: query i sees keys up to i (from the top left, as in Flax).
       input_positions: `[T]` or `[*B, T]`, positions for the rotary embedding; only with `rotary_base`.
       rotary_base: rotate query and key by their positions (see `rotary`).
@@ -104,8 +105,7 @@ def attention_fn(
         else:
             mask_is_causal, mask = mask_structure(mask, query.shape[-3], key.shape[-3])
             is_causal = is_causal or mask_is_causal
-    # Products are accumulated in float32 and those of float32 are exact: no precision of JAX asks for more.
-    if not isinstance(precision, (str, tuple, lax.Precision, lax.DotAlgorithm, lax.DotAlgorithmPreset)):
+    if isinstance(precision, Fp8):
         options["precision"] = precision
     options |= {"mask": mask, "bias": bias, "causal": is_causal}
     if module is not None:

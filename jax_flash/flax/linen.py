@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax.linen.module import merge_param
 
 from jax_flash.flax.functional import attention_fn, cache_positions, extend_cache, given, rotary
+from jax_flash.spec import Fp8
 
 
 class _Partitioned(nn.LogicallyPartitioned):
@@ -40,8 +41,7 @@ class MultiHeadAttention(nn.MultiHeadAttention):
       use_sinks: a learned logit for each head in the denominator of the softmax (parameter `sinks [num_heads]`).
       rotary_base: rotate queries and keys by their positions (see `jax_flash.flax.rotary`).
       ragged_cache: each batch entry has its own number of cached positions: `cache_index` has shape `[*B]`.
-      attention_precision: `jax_flash.Fp8` or another `precision` of `flash_attention`; default `precision`, which also
-        concerns the projections.
+      attention_precision: `jax_flash.Fp8`, of the attention alone; `precision` is that of the projections.
       qkv_axes, out_axes: logical names of the axes of query, key, value `[*B, T, N, H]` and of the output `[*B, T, F]`,
         for `nn.logical_axis_rules`. Parameters get theirs from `nn.with_logical_partitioning(kernel_init, ...)`.
 
@@ -57,7 +57,7 @@ class MultiHeadAttention(nn.MultiHeadAttention):
     use_sinks: bool = False
     rotary_base: float | None = None
     ragged_cache: bool = False
-    attention_precision: object = None
+    attention_precision: Fp8 | None = None
     qkv_axes: Sequence[str | None] | None = None
     out_axes: Sequence[str | None] | None = None
 

@@ -10,6 +10,7 @@ from flax import linen, nnx
 from flax.nnx.module import first_from
 
 from jax_flash.flax.functional import attention_fn, cache_positions, extend_cache, given, rotary
+from jax_flash.spec import Fp8
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
@@ -23,8 +24,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
       softcap: scores become `softcap * tanh(scores / softcap)`.
       use_sinks: a learned logit for each head in the denominator of the softmax (`sinks [num_heads]`).
       rotary_base: rotate queries and keys by their positions (see `jax_flash.flax.rotary`).
-      attention_precision: `jax_flash.Fp8` or another `precision` of `flash_attention`; default `precision`, which also
-        concerns the projections.
+      attention_precision: `jax_flash.Fp8`, of the attention alone; `precision` is that of the projections.
       qkv_axes, out_axes: logical names of the axes of query, key, value `[*B, T, N, H]` and of the output `[*B, T, F]`,
         for `flax.core.spmd.logical_axis_rules`. Parameters get theirs from `kernel_metadata={"out_sharding": ...}`.
 
@@ -41,7 +41,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         softcap: float | None = None,
         use_sinks: bool = False,
         rotary_base: float | None = None,
-        attention_precision: object = None,
+        attention_precision: Fp8 | None = None,
         qkv_axes: Sequence[str | None] | None = None,
         out_axes: Sequence[str | None] | None = None,
         **kwargs,
