@@ -46,6 +46,30 @@ def magnitudes(spec, q, k, v, operands, dout, dlse=None) -> Results:
     return _results(abs(spec.scale), operands, np.shape(k)[-2], x, x.p * (dp + through_sum), through_sum, dout)
 
 
+def rounding_spread(spec, q, k, v, operands, dout, dlse=None, *, eps: float) -> dict[str, np.ndarray]:
+    """Standard deviation of dbias and dsinks where probabilities and outputs are rounded to `eps`.
+
+    Both are sums over many rows of p * (dp - sum(dout * out)). The roundings of a row are independent of another's, so
+    they add up in quadrature, and may be far larger than what is left of the terms where these cancel.
+    """
+    x = _evaluate(spec, q, k, v, operands, np.float64, np.asarray)
+    dout, _ = _cotangents(x, operands, dout, dlse)
+    dp = (dout @ _transpose(x.v)) * x.keep
+    of_row = np.sum((dout * x.out) ** 2, axis=-1, keepdims=True) + np.sum((x.p * dp) ** 2, axis=-1, keepdims=True)
+    of_row = of_row * eps**2 / 12  # variance of a rounding: eps ** 2 / 12 of what is rounded
+    spreads = {}
+    if operands.bias is not None:
+        keys, others = [
+            [i for i in axes if operands.bias.shape[i] == 1] for axes in ([x.p.ndim - 1], range(x.p.ndim - 1))
+        ]
+        variance = np.sum(x.p, axis=tuple(keys), keepdims=True) ** 2 * of_row  # a row's error is common to its keys
+        spreads["dbias"] = np.sqrt(np.sum(variance, axis=tuple(others), keepdims=True))
+    if operands.sinks is not None:
+        variance = x.sink_share**2 * of_row
+        spreads["dsinks"] = np.sqrt(np.sum(variance, axis=(*range(variance.ndim - 3), -2, -1)))
+    return spreads
+
+
 class _Evaluation(NamedTuple):
     """Everything about a call, as [*B, N, T, S] or, for q, k, v and out, [*B, N, length, size]."""
 
