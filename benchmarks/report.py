@@ -64,7 +64,8 @@ def pictures(rows: Iterable[dict[str, Any]], folder: pathlib.Path) -> list[pathl
 def _speed(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
     import matplotlib.pyplot as plt
 
-    dims = sorted({row["D"] for row in rows})
+    dims, lengths = sorted({row["D"] for row in rows}), sorted({row["S"] for row in rows})
+    top = 1.1 * max(max(row["tflops"], row.get("matmul_tflops", 0)) for row in rows)
     figure, axes = plt.subplots(2, len(dims), figsize=(3 * len(dims) + 0.6, 5.6), sharey=True, squeeze=False)
     for column, dim in enumerate(dims):
         for causal in (0, 1):
@@ -76,9 +77,10 @@ def _speed(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
             if rows[0].get("matmul_tflops") and rows[0]["dtype"] != "e4m3":
                 axis.axhline(rows[0]["matmul_tflops"], color="black", linestyle=":", label="bf16 matrix product")
             axis.set_xscale("log", base=2)
+            axis.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
             axis.set_title(f"head size {dim}, {'causal' if causal else 'full'}", fontsize=11)
             axis.grid(alpha=0.3)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, top)
             if causal:
                 axis.set_xlabel("sequence length")
             if column == 0:
