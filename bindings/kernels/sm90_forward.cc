@@ -8,7 +8,6 @@
 namespace jf {
 namespace {
 
-constexpr size_t kSharedLimit = 227 * 1024;
 constexpr long long kSectionBytes = 32ll << 20;  // keys and values that may share the L2
 constexpr int kMultiprocessors = 132;
 
@@ -31,7 +30,10 @@ Sm90ForwardTiles ChooseTiles(const Call& call) {
   Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, 0};
   if (head <= 96) {
     if (slim) tiles.rows = 192;
-    if (head > 64) tiles.keys = slim ? 96 : 112;
+    if (head > 64) {
+      tiles.keys = slim ? 96 : 112;
+      tiles.q_stages = 1;
+    }
   } else if (head <= 128) {
     tiles.q_registers = columns == 0;
     tiles.q_stages = tiles.q_registers ? 1 : 2;

@@ -8,7 +8,7 @@
 // Roles: warpgroup 0 has two single threads at work, the others are consumers of 64 rows each.
 //   producer (warp 0)   loads Q, and K and V into rings of kStages, by TMA
 //   scheduler (warp 1)  decides the next tile and which keys it needs
-//   consumer            S = Q K^T (wgmma, both from shared memory), softmax in registers, O += P V (P from registers)
+//   consumer            S = Q K^T (wgmma), softmax in registers, O += P V (P from registers)
 //
 // Time, in a consumer; the other groups do the same, a turn later, so that products of one run under softmax of
 // another:
@@ -16,19 +16,19 @@
 //   products   | S(n-1)  | P(n) V(n)            | S(n-2) | P(n-1) V(n-1) ...
 //   registers            | softmax(n-1) -> P(n-1)        | softmax(n-2)  ...
 //
-// At the end of a tile the last P V is followed by the first S of the next tile (kEarlyStart: its Q is there already,
-// in the second slot of the Q ring), under which the output is normalised and written straight from registers. A group
-// whose rows do not see a key tile that others of the block do see lets it pass (skip).
+// At the end of a tile the last P V is followed by the first S of the next tile (kEarlyStart: its Q is there already),
+// under which the output is normalised, staged and sent off by TMA. A group whose rows do not see a key tile that
+// others of the block do see lets it pass (skip).
 //
 //   barrier            arrivals                        waited for by
 //   q_full             producer + bytes                consumers, before the first S of a tile
-//   q_free             each consumer warp, last S      producer
-//   k_full, v_full     producer + bytes                consumers, before S, before P V
-//   k_free, v_free     each consumer warp              producer
-//   work_full          scheduler                       producer, consumers: one for each of two slots
-//   work_free          producer, consumer warps        scheduler
-//   named 1 + group    group (waits), group before     the group's turn to start products
-//   named 1 + kGroups + group                          zero_values of the group
+//   q_free             each consumer warp              producer; when Q is read for good, or the output has left its
+//   place k_full, v_full     producer + bytes                consumers, before S, before P V k_free, v_free     each
+//   consumer warp              producer work_full          scheduler                       producer, consumers: one for
+//   each of two slots work_free          producer, consumer warps        scheduler work_wanted        producer
+//   scheduler, before it draws the next tile named 1 + group    group (waits), group before     the group's turn to
+//   start products named 1 + kGroups + group                          the group's own: staging of the output, zeroed
+//   values
 //
 // Shared memory: struct Shared. 128-byte rows with TMA's 128-byte swizzle: 64 elements of a row of a tile form an atom,
 // atoms of a tile stand one after another. Rows and elements outside the arrays arrive as zeros.
@@ -90,6 +90,8 @@ struct alignas(1024) Shared {
   u64 work_full[2], work_free[2], work_wanted;
   Work work[2];
 };
+
+static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of a block");
 
 // Place in a ring of kSize slots, and the parity of the phase in which its slot is filled for this use.
 template <int kSize>
