@@ -37,7 +37,8 @@ void tile(const int* bounded, const int* numbers, int q0, int queries, int k0, i
   WithBand(bounded, numbers, [&](auto band) {
     const jf::Range of_queries = band.keys_of(q0, queries), of_keys = band.queries_of(k0, keys);
     const jf::Range key_tiles = jf::tiles_of(of_queries, keys), query_tiles = jf::tiles_of(of_keys, queries);
-    for (jf::Range range : {of_queries, of_keys, key_tiles, query_tiles}) {
+    const jf::Range inner = band.interior_tiles(q0, queries, keys);
+    for (jf::Range range : {of_queries, of_keys, key_tiles, query_tiles, inner}) {
       *ranges++ = range.begin;
       *ranges++ = range.end;
     }

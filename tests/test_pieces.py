@@ -76,9 +76,9 @@ def test_visible(pieces, causal, left, right, offset, q_end, kv_end):
 )  # fmt: skip
 def test_tiles(pieces, causal, left, right, offset, q_end, kv_end, q0, queries, k0, keys):
     arguments = causal, left, right, offset, q_end, kv_end
-    got = numbers(*[-1] * 9)
+    got = numbers(*[-1] * 11)
     pieces.tile(*band(*arguments), q0, queries, k0, keys, got)
-    pairs = list(zip(got[:8:2], got[1:8:2], strict=True))
+    pairs = list(zip(got[:10:2], got[1:10:2], strict=True))
     sees = visible_pairs(*arguments)
 
     def holds(range_, flags, width=1):
@@ -92,8 +92,11 @@ def test_tiles(pieces, causal, left, right, offset, q_end, kv_end, q0, queries, 
     holds(pairs[1], sees[:, k0 : k0 + keys].any(axis=1))
     holds(pairs[2], sees[q0 : q0 + queries].any(axis=0), keys)
     holds(pairs[3], sees[:, k0 : k0 + keys].any(axis=1), queries)
+    if q0 + queries <= q_end:  # rows past the end are for the caller to drop
+        whole = [sees[q0 : q0 + queries, i : i + keys].all() for i in range(0, kv_end - keys + 1, keys)]
+        assert [pairs[4][0] <= i < pairs[4][1] for i in range(len(whole))] == whole
     inside = q0 + queries <= q_end and k0 + keys <= kv_end  # LONGEST ends the array, not the tile
-    assert got[8] == (inside and sees[q0 : q0 + queries, k0 : k0 + keys].all())
+    assert got[10] == (inside and sees[q0 : q0 + queries, k0 : k0 + keys].all())
 
 
 @given(st.lists(st.integers(0, 5), min_size=1), st.lists(st.integers(0, 5), min_size=1))
