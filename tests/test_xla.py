@@ -306,3 +306,27 @@ def test_shard_map_checks_that_results_vary():
     by_jax_results = jax.jit(sharded)(q, k, v, operands, dout, dlse)
     for got, want in zip(by_jax_results[3:], results[3:], strict=True):
         np.testing.assert_allclose(got, np.sum(want, 0, keepdims=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("results_of", [pair, differentiated])
+def test_a_bias_of_minus_infinity_hides_like_a_mask(results_of):
+    """Whole rows included: what users of additive masks pass."""
+    hides = np.random.default_rng(0).random((2, 1, 40, 50)) < 0.3
+    hides[0, 0, 7] = True
+    case = dataclasses.replace(cases.CASES["causal"], q_len=40, kv_len=50)
+    inputs = case.inputs()
+    masked = inputs._replace(operands=Operands(mask=~hides))
+    biased = inputs._replace(operands=Operands(bias=np.where(hides, -np.inf, 0).astype(np.float32)))
+    results = results_of(*biased)
+    assert np.isfinite(results.pop("dbias")).all()
+    cases.check(masked, **results)
+
+
+def test_rows_of_the_lowest_bias_are_not_empty():
+    """finfo.min is a finite number: a row of it spreads its attention evenly."""
+    case = dataclasses.replace(cases.CASES["plain"], q_len=40, kv_len=50)
+    spec, q, k, v, _, _, _ = case.inputs()
+    operands = Operands(bias=np.full((1, 1, 1, 1), np.finfo(np.float32).min), kv_lengths=np.array([50, 30], np.int32))
+    out, _ = xla.forward(spec, q, k, v, operands)
+    even = np.stack([v[0].mean(0), v[1, :30].mean(0)])
+    np.testing.assert_allclose(out, np.broadcast_to(even[:, None], out.shape), rtol=1e-5, atol=1e-6)
