@@ -78,7 +78,7 @@ class Call:
         return attributes if self.direction == "forward" else attributes | {"lse_cotangent": "dlse" in self.names}
 
     def result_shapes(self, arrays: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-        """Of arrays or shapes of arrays (anything with .shape and .ndim)."""
+        """Of the full batch axes; from arrays, or anything else with a shape."""
         if self.direction == "bias_gradient":
             return (arrays[self.names.index("bias")].shape,)
         batch = batch_shape(*arrays[:3])
@@ -393,7 +393,11 @@ def _on_explicit_mesh(call: Call, mesh: Any, run: Callable[..., tuple[Any, ...]]
 def _stacked(call: Call, size: int, mapped: Sequence[bool], arrays: Sequence[Any]) -> tuple[Any, ...]:
     """Arrays of the call with the mapped axis as their first batch axis; of size 1 where an array is not mapped."""
     # Residuals have every batch axis, one of query, key and value has it, and dbias has those of the bias.
-    full = {*_RESIDUALS, *(() if any(mapped[:3]) else "q"), *(["bias"] if call.direction == "bias_gradient" else ())}
+    full = set(_RESIDUALS)
+    if not any(mapped[:3]):
+        full.add("q")
+    if call.direction == "bias_gradient":
+        full.add("bias")
 
     def stack(name: str, m: bool, x: Any) -> Any:
         if m or name in WITHOUT_BATCH:
