@@ -10,8 +10,7 @@
 //   scheduler (warp 1)  decides the next tile and which keys it needs
 //   consumer            S = Q K^T (wgmma), softmax in registers, O += P V (P from registers)
 //
-// Time, in a consumer; the other groups do the same, a turn later, so that products of one run under softmax of
-// another:
+// Time, in a consumer; the other groups do the same a turn later, so that one's products run under another's softmax:
 //
 //   products   | S(n-1)  | P(n) V(n)            | S(n-2) | P(n-1) V(n-1) ...
 //   registers            | softmax(n-1) -> P(n-1)        | softmax(n-2)  ...
@@ -20,15 +19,16 @@
 // under which the output is normalised, staged and sent off by TMA. A group whose rows do not see a key tile that
 // others of the block do see lets it pass (skip).
 //
-//   barrier            arrivals                        waited for by
-//   q_full             producer + bytes                consumers, before the first S of a tile
-//   q_free             each consumer warp              producer; when Q is read for good, or the output has left its
-//   place k_full, v_full     producer + bytes                consumers, before S, before P V k_free, v_free     each
-//   consumer warp              producer work_full          scheduler                       producer, consumers: one for
-//   each of two slots work_free          producer, consumer warps        scheduler work_wanted        producer
-//   scheduler, before it draws the next tile named 1 + group    group (waits), group before     the group's turn to
-//   start products named 1 + kGroups + group                          the group's own: staging of the output, zeroed
-//   values
+//   barrier            arrivals                      waited for by
+//   q_full             producer + bytes              consumers, before the first S of a tile
+//   q_free             each consumer warp            producer; Q was read, or the output left its place
+//   k_full, v_full     producer + bytes              consumers, before S, before P V
+//   k_free, v_free     each consumer warp            producer
+//   work_full          scheduler                     producer, consumers; two slots
+//   work_free          producer, consumer warps      scheduler
+//   work_wanted        producer                      scheduler, before it draws the next tile
+//   named 1 + group    this group, the one before    the group's turn to start products
+//   named 1 + kGroups + group                        the group's own: staged output, zeroed values
 //
 // Shared memory: struct Shared. 128-byte rows with TMA's 128-byte swizzle: 64 elements of a row of a tile form an atom,
 // atoms of a tile stand one after another. Rows and elements outside the arrays arrive as zeros.
