@@ -26,12 +26,12 @@ from jax_flash.spec import AttentionSpec, Operands
 
 def forward(spec: AttentionSpec, q, k, v, operands: Operands):
     """out [*B, T, N, Hv] in q's dtype and lse [*B, N, T], for q [*B, T, N, H], k [*B, S, K, H], v [*B, S, K, Hv]."""
-    return _forward(_Call(spec, q, k, v, operands), _fori_loop)
+    return _forward(_Call(spec, q, k, v, operands), differentiable=False)
 
 
 def attention(spec: AttentionSpec, q, k, v, operands: Operands):
     """`forward`, differentiable by JAX in every mode and to any order."""
-    return _forward(_Call(spec, q, k, v, operands), _checkpointed_loop)
+    return _forward(_Call(spec, q, k, v, operands), differentiable=True)
 
 
 def backward(spec: AttentionSpec, q, k, v, operands: Operands, out, lse, dout, dlse):
@@ -39,7 +39,8 @@ def backward(spec: AttentionSpec, q, k, v, operands: Operands, out, lse, dout, d
     call = _Call(spec, q, k, v, operands)
     dq = call.full((*call.batch, *call.heads, *call.q.shape[-2:]), 0)
     if call.empty:
-        return _merge_heads(dq).astype(q.dtype), *(jnp.zeros((*call.batch, *x.shape[-3:]), x.dtype) for x in (k, v))
+        dk, dv = (call.full((*call.batch, *x.shape[-3:]), 0, x.dtype) for x in (k, v))
+        return _merge_heads(dq).astype(q.dtype), dk, dv
     rows = _gradient_rows(call, out, lse, dout, dlse)
 
     def key_tile(dq, xs):
@@ -193,7 +194,7 @@ class _Call:
         return _Tile(s, visible, slope, keep)
 
 
-def _forward(call: _Call, loop):
+def _forward(call: _Call, differentiable: bool):
     shape = (*call.batch, *call.heads, call.q.shape[-2])
     value_dim = call.v.shape[-1]
     if call.empty:
@@ -213,10 +214,11 @@ def _forward(call: _Call, loop):
                 call.full((*tile_shape, 1), 0),
                 call.full((*tile_shape, value_dim), 0),
             )
+            loop = _checkpointed_loop if differentiable else _fori_loop
             top, total, weighted = loop(step, state, bounds, call.k_tiles.count)
             return None, _normalise(top, total, weighted, call.operands.sinks)
 
-        if loop is _checkpointed_loop:
+        if differentiable:
             query_tile = jax.checkpoint(query_tile)
         _, tiles = jax.lax.scan(query_tile, None, call.each_query_tile())
         out, lse = (call.q_tiles.join(x) for x in tiles)
@@ -320,9 +322,12 @@ def _checkpointed_loop(step, state, bounds, count):
 
 
 def _tilings(heads: int, t: int, s: int) -> tuple[Tiling, Tiling]:
-    """Tiles for this many (batch entry, head) pairs: smaller for more of them, so that a step stays in the cache."""
-    most = next((size for size in (512, 256) if heads * size**2 <= 2**19), 128)
-    return Tiling(t, _even_size(t, most)), Tiling(s, _even_size(s, most))
+    """Tiles for this many (batch entry, head) pairs, such that a step stays in the cache of a CPU."""
+    scores = 2**19  # alive at once
+    most = next((size for size in (512, 256) if heads * size**2 <= scores), 128)
+    q_size = _even_size(t, most)
+    k_size = _even_size(s, max(most, scores // max(1, heads * q_size)))  # few queries: more keys
+    return Tiling(t, q_size), Tiling(s, k_size)
 
 
 def _even_size(length: int, most: int) -> int:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 from jax_flash import xla
 from jax_flash.spec import AttentionSpec, Operands
 
-PROGRAMS = int(os.environ.get("JAX_FLASH_PROGRAMS", "40"))
+PROGRAMS = int(os.environ.get("JAX_FLASH_PROGRAMS", "25"))
 DRAWS = 4
 
 
@@ -112,10 +112,9 @@ def test_case_differentiated_by_jax(name):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-@pytest.mark.parametrize("name", ["grouped heads", "everything"])
-def test_case_in_another_dtype(name, dtype):
+def test_everything_in_another_dtype(dtype):
     with jax.enable_x64(dtype == "float64"):
-        inputs = dataclasses.replace(cases.CASES[name], dtype=dtype, bias_dtype=dtype).inputs()
+        inputs = dataclasses.replace(cases.CASES["everything"], dtype=dtype, bias_dtype=dtype).inputs()
         for results in (pair(*inputs), differentiated(*inputs)):
             cases.check(inputs, **results)
             dtypes = {"lse": "float64" if dtype == "float64" else "float32", "dsinks": "float32"}
