@@ -21,7 +21,7 @@ pytestmark = [
 
 FORWARD = "jax_flash_forward"
 
-# A chain of calls and their gradients, on fresh addresses each time. Prints whether XLA made CUDA graphs, and sums.
+# A chain of calls and their gradients, on fresh addresses each time. Prints sums.
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 from jax_flash import flash_attention
@@ -38,7 +38,7 @@ compiled = jax.jit(chain).lower(q, k, v).compile()
 kept = [q]
 for _ in range(5):
     kept.append(compiled(kept[-1], k, v)[1])
-print("command_buffer" in compiled.as_text(), *[np.asarray(x, np.float64).sum().hex() for x in kept])
+print(*[np.asarray(x, np.float64).sum().hex() for x in kept])
 """
 
 
@@ -53,11 +53,9 @@ def without_graphs() -> list[str]:
     return run(XLA_FLAGS="--xla_gpu_enable_command_buffer=")
 
 
-def test_captured_in_cuda_graphs(without_graphs):
+def test_cuda_graphs_change_no_bit(without_graphs):
     flags = "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
-    captured, *values = run(XLA_FLAGS=flags)
-    assert captured == "True"
-    assert without_graphs == ["False", *values]
+    assert run(XLA_FLAGS=flags) == without_graphs
 
 
 def test_a_later_process_compiles_nothing(without_graphs, tmp_path):
