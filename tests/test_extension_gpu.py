@@ -14,10 +14,7 @@ import pytest
 from jax_flash import extension
 from jax_flash.spec import AttentionSpec, Operands
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 FORWARD = "jax_flash_forward"
 

@@ -12,10 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_flash as jf
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 B, T, S, N, K, H = 2, 130, 200, 4, 2, 64
 

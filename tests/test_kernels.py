@@ -16,10 +16,7 @@ import pytest
 
 from jax_flash import flash_attention
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def kernel(*arrays, **keywords):
