@@ -67,9 +67,10 @@ static_assert(kHead == 64 || kHead == 128 || kHead == 256);
 static_assert(kKeys % kScaleBlock == 0 && kSpec.head_dim == kHead && kSpec.value_dim <= kHead && !kSpec.dropout);
 
 // Of kScaleBlock keys.
-struct alignas(8) BlockScale {
-  float key;
-  float lift;  // log2 of the value's scale, an integer
+struct alignas(16) BlockScale {
+  float unit;     // k_scale; with the factors of a row's own, what takes its products to log2 units
+  float lift;     // log2 of the value's scale
+  float inverse;  // 1 / the value's scale
 };
 
 struct alignas(1024) Shared {
@@ -195,12 +196,6 @@ JF_DEVICE u32 pack_e4m3_ordered(const float* x) {
   return r;
 }
 
-// 2^-e of an integer e, from e itself: a register less than keeping both.
-JF_DEVICE float inverse_power(float e) {
-  const u32 bits = __float_as_int(e + 12582912.f);  // 1.5 * 2^23: e stands in the low bits
-  return __int_as_float(0x3f800000 - (bits << 23));
-}
-
 struct Fp8Softmax {
   float offset[2];  // m - kTop of the thread's two rows
   float sum[2];     // of p / v_scale over this thread's columns
@@ -210,16 +205,15 @@ struct Fp8Softmax {
     for (int r = 0; r < 2; r++) offset[r] = kNothingSeen, sum[r] = 0.f;
   }
 
-  // Scores become p; unit takes each score to log2 units. Returns whether m was raised: then O must be multiplied by
-  // `rescale`.
-  JF_DEVICE bool step(const float (&s)[kScores], const float (&unit)[kBlocks], const BlockScale* scales,
-                      u32 (&p)[kScores / 4], float (&rescale)[2]) {
+  // Scores become p. Returns whether m was raised: then O must be multiplied by `rescale`.
+  JF_DEVICE bool step(const float (&s)[kScores], const BlockScale (&scales)[kBlocks], u32 (&p)[kScores / 4],
+                      float (&rescale)[2]) {
     float tile_sum[2];
     bool raised = false;
     while (true) {
-      const float largest = exponentials(s, unit, scales, p, tile_sum);
+      const float largest = exponentials(s, scales, p, tile_sum);
       if (raised || !__any_sync(~0u, largest >= kOverflow)) break;
-      raise(s, unit, scales, rescale);
+      raise(s, scales, rescale);
       raised = true;
     }
 #pragma unroll
@@ -236,14 +230,14 @@ struct Fp8Softmax {
 
   // p, the sums of p / v_scale, and (as the result) the largest sum of 8 values of p. In a software pipeline over
   // chunks of 8: exponents of one, exponentials of the one before, sums and conversions of the one before that.
-  JF_DEVICE float exponentials(const float (&s)[kScores], const float (&unit)[kBlocks], const BlockScale* scales,
-                               u32 (&p)[kScores / 4], float (&sums)[2]) const {
+  JF_DEVICE float exponentials(const float (&s)[kScores], const BlockScale (&scales)[kBlocks], u32 (&p)[kScores / 4],
+                               float (&sums)[2]) const {
     float x[kScores], part[2], largest = 0.f;
     sums[0] = sums[1] = 0.f;
 #pragma unroll
     for (int i = 0; i < kScores + 2 * kLag; i++) {
       if (const int n = i; n < kScores) {
-        x[n] = fma_ordered(s[score_of(n)], unit[n / 16], scales[n / 16].lift - offset[row_of(n)]);
+        x[n] = fma_ordered(s[score_of(n)], scales[n / 16].unit, scales[n / 16].lift - offset[row_of(n)]);
       }
       if (const int n = i - kLag; n >= 0 && n < kScores) x[n] = exp2_ordered(x[n]);
       if (const int n = i - 2 * kLag; n >= 0) {
@@ -251,7 +245,7 @@ struct Fp8Softmax {
         sum = n % 16 == 0 || n % 16 == 4 ? x[n] : add_ordered(sum, x[n]);
         if (n % 4 == 3) p[n / 4] = pack_e4m3_ordered(&x[n - 3]);
         if (n % 16 == 11 || n % 16 == 15) {  // 8 of the row
-          sums[row_of(n)] = fmaf(sum, inverse_power(scales[n / 16].lift), sums[row_of(n)]);
+          sums[row_of(n)] = fmaf(sum, scales[n / 16].inverse, sums[row_of(n)]);
           largest = fmaxf(largest, sum);
         }
       }
@@ -259,13 +253,12 @@ struct Fp8Softmax {
     return largest;
   }
 
-  JF_DEVICE void raise(const float (&s)[kScores], const float (&unit)[kBlocks], const BlockScale* scales,
-                       float (&rescale)[2]) {
+  JF_DEVICE void raise(const float (&s)[kScores], const BlockScale (&scales)[kBlocks], float (&rescale)[2]) {
     float highest[2] = {-infinity(), -infinity()};
 #pragma unroll
     for (int i = 0; i < kScores; i++) {
       float& row = highest[fragment_row(i)];
-      row = fmaxf(row, fmaf(s[i], unit[i / 16], scales[i / 16].lift));
+      row = fmaxf(row, fmaf(s[i], scales[i / 16].unit, scales[i / 16].lift));
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -305,7 +298,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
       const float k_scale = __ldg(k_scales + block), v_scale = __ldg(v_scales + block);
       barrier_wait(shared_address(&shared.slot_free[at.slot()]), at.pass() ^ 1);
       if (lane_id() < kBlocks) {
-        shared.scales[at.slot()][lane_id()] = {fmaxf(k_scale, kLeastKeyScale), log2_fast(v_scale)};
+        shared.scales[at.slot()][lane_id()] = {fmaxf(k_scale, kLeastKeyScale), log2_fast(v_scale), 1.f / v_scale};
       }
       __syncwarp();  // before the leader's arrival, which hands the scales over
       if (leads) {
@@ -349,14 +342,6 @@ struct Consumer {
     if (thread() == 0) barrier_arrive(shared_address(&barrier));
   }
 
-  // A key tile that no row of this group sees.
-  JF_DEVICE void pass_over() {
-    wait_k();
-    wait_v(progress);
-    arrive(shared.slot_free[progress.slot()]);
-    progress.next_tile();
-  }
-
   JF_DEVICE int index() const { return *static_cast<volatile int*>(&shared.items[progress.item()]); }
 
   JF_DEVICE void compute() {
@@ -366,8 +351,7 @@ struct Consumer {
     const int group_row = item.row0 + group() * 64, warp_row = item.row0 + row_in_tile();
     const u32 q = rows_low(shared_address(shared.q) + group() * 64 * kRowBytes), k = rows_low(shared_address(shared.k)),
               v = values_low(shared_address(shared.v));
-    const Range tiles =
-        meet(item.key_tiles, tiles_of(band.keys_of(group_row, 64), kKeys));  // those that this group sees
+    const Range tiles = item.key_tiles;
     CallBand keys_band = band;
     keys_band.q_end = kFar;  // rows past the end are dropped by the store: a partial tile masks no more than a full one
     const Score score = score_of(problem, args.features, item.batch, item.head);
@@ -379,6 +363,7 @@ struct Consumer {
 
     float s[kScores], o[kOutputs], rescale[2];
     u32 p[kScores / 4];
+    BlockScale scales[kBlocks];
     softmax.reset();
 
     const auto interior = [&](int n) {
@@ -387,19 +372,22 @@ struct Consumer {
       return item.q_ids.same_single_id(
           args.segments.kv_bounds[static_cast<long long>(item.batch) * ceil_div(problem.kv_len, kKeys) + n]);
     };
+    const auto load_scales = [&] {
+#pragma unroll
+      for (int b = 0; b < kBlocks; b++) {
+        scales[b] = shared.scales[progress.slot()][b];
+        scales[b].unit *= factor;
+      }
+    };
     // Products of tile n -> P(n); whether O must be rescaled.
     const auto probabilities = [&](int n) {
-      const BlockScale* scales = shared.scales[progress.slot()];
-      float unit[kBlocks];
-#pragma unroll
-      for (int b = 0; b < kBlocks; b++) unit[b] = factor * scales[b].key;
       const Fragment<false> at = warp_fragment<false>(warp_row, n * kKeys);
       if constexpr (!kPlainScores) {
 #pragma unroll
-        for (int i = 0; i < kScores; i++) s[i] *= unit[i / 16];
+        for (int i = 0; i < kScores; i++) s[i] *= scales[i / 16].unit;
         transform_scores(s, at, score);
 #pragma unroll
-        for (int b = 0; b < kBlocks; b++) unit[b] = 1.f;
+        for (int b = 0; b < kBlocks; b++) scales[b].unit = 1.f;
       }
       if constexpr (kSpec.mask) hide_masked(s, at, problem, args.features.mask, item.batch, item.head);
       if (!interior(n)) {
@@ -408,11 +396,10 @@ struct Consumer {
           hide_other_segments(s, at, segments_of(problem, args.features, band, item.batch));
         }
       }
-      return softmax.step(s, unit, scales, p, rescale);
+      return softmax.step(s, scales, p, rescale);
     };
 
     barrier_wait(shared_address(&shared.q_full), progress.item());
-    for (int n = item.key_tiles.end - 1; n >= tiles.end; n--) pass_over();
     if (tiles.size() == 0) {
       arrive(shared.q_free);
     } else {
@@ -420,6 +407,7 @@ struct Consumer {
       wgmma_fence();
       scores(s, q, k + progress.slot() * (kTileBytes / 16));
       wgmma_commit();
+      load_scales();
       wgmma_wait<0>();
       pin(s);
       if (tiles.size() == 1) arrive(shared.q_free);
@@ -436,6 +424,7 @@ struct Consumer {
         wait_v(values);
         accumulate(o, p, v + values.slot() * (kTileBytes / 16), n == tiles.end - 2);
         wgmma_commit();
+        load_scales();
         wgmma_wait<0>();
         pin(s);
         pin(o);
@@ -456,16 +445,15 @@ struct Consumer {
       arrive(shared.slot_free[progress.slot()]);
       progress.next_tile();
     }
-    finish(tiles.begin, o);
+    finish(o);
   }
 
-  // Passes over the tiles before `first`; normalises, and writes out and lse of this group's rows: zeros and -inf for
-  // rows that saw no key or are past their length.
-  JF_DEVICE void finish(int first, float (&o)[kOutputs]) {
+  // Normalises, and writes out and lse of this group's rows: zeros and -inf for rows that saw no key or are past their
+  // length.
+  JF_DEVICE void finish(float (&o)[kOutputs]) const {
     const Problem& problem = args.problem;
     const Item item = item_of(args, index());
     const int q_end = band_of(problem, args.features, item.batch).q_end;
-    for (int n = first - 1; n >= item.key_tiles.begin; n--) pass_over();
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {

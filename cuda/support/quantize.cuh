@@ -20,7 +20,6 @@ constexpr int kLanes = kHead / 32;                 // of a token
 constexpr int kBlocksPerChunk = kThreads / kHead;  // scale blocks of a thread block
 constexpr int kRuns = 4;                           // of 8 values, in a thread
 constexpr int kPadded = kHead + 8;                 // bytes of a row of values in shared memory: banks differ
-constexpr float kClamp = 1ull << 60;
 constexpr int kLeastExponent = -50;
 static_assert(kBlocksPerChunk >= 1 && kHead >= 64);
 
@@ -40,9 +39,12 @@ constexpr JF_HOST_DEVICE Signs make_signs() {
 }
 __constant__ const Signs kSigns = make_signs();
 
-JF_DEVICE float clamped(float x) {  // NaN stays NaN
-  asm("{\nmin.NaN.f32 %0, %0, %1;\nmax.NaN.f32 %0, %0, %2;\n}" : "+f"(x) : "f"(kClamp), "f"(-kClamp));
-  return x;
+// A pair of values bounded by 2^60; NaN stays NaN. No float16 is larger.
+JF_DEVICE u32 bounded(u32 pair) {
+  if constexpr (kSpec.dtype == DType::kBF16) {
+    asm("{\nmin.NaN.bf16x2 %0, %0, %1;\nmax.NaN.bf16x2 %0, %0, %2;\n}" : "+r"(pair) : "r"(0x5d805d80), "r"(0xdd80dd80));
+  }
+  return pair;
 }
 
 struct Place {
@@ -52,16 +54,9 @@ struct Place {
   JF_DEVICE int column(int run) const { return (run * kLanes + lane) * 8; }
 };
 
-// Butterflies over blocks of kSize of kHeadSize columns.
-template <int kSize, int kHeadSize>
+// Butterflies over blocks of kSize columns.
+template <int kSize>
 JF_DEVICE void rotate(float (&x)[8 * kRuns], const Place& at) {
-#pragma unroll
-  for (int run = 0; run < kRuns; run++) {
-    // Padding keeps its sign: a -0 would be another byte.
-    const u32 signs = at.column(run) < kHeadSize ? kSigns.words[at.column(run) / 32] >> at.column(run) % 32 : 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[8 * run + i] = __int_as_float(__float_as_int(x[8 * run + i]) ^ (signs >> i) << 31);
-  }
   const auto between_registers = [&](int distance) {
 #pragma unroll
     for (int i = 0; i < 8 * kRuns; i++) {
@@ -130,13 +125,18 @@ JF_DEVICE void quantize(const QuantizeArray& array, int index) {
   }
 #pragma unroll
   for (int run = 0; run < kRuns; run++) {
-    const u32 pairs[4] = {words[run].x, words[run].y, words[run].z, words[run].w};
+    u32 pairs[4] = {words[run].x, words[run].y, words[run].z, words[run].w};
+    // Padding keeps its sign: a -0 would be another byte.
+    const u32 signs = kRotate && at.column(run) < kSize ? kSigns.words[at.column(run) / 32] >> at.column(run) % 32 : 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      x[8 * run + i] = clamped(to_float<kSpec.dtype>(static_cast<unsigned short>(pairs[i / 2] >> i % 2 * 16)));
+    for (int i = 0; i < 4; i++) {
+      pairs[i] = bounded(pairs[i]);
+      if constexpr (kRotate) pairs[i] ^= (signs >> 2 * i & 3) * 0x40008000 & 0x80008000;  // bits 0, 1 to 15, 31
+      x[8 * run + 2 * i] = to_float<kSpec.dtype>(static_cast<unsigned short>(pairs[i]));
+      x[8 * run + 2 * i + 1] = to_float<kSpec.dtype>(static_cast<unsigned short>(pairs[i] >> 16));
     }
   }
-  if constexpr (kRotate) rotate<kSize & -kSize, kSize>(x, at);
+  if constexpr (kRotate) rotate<kSize & -kSize>(x, at);
 
   float largest = 0.f;
 #pragma unroll
