@@ -401,6 +401,7 @@ struct Consumer {
 
     barrier_wait(shared_address(&shared.q_full), progress.item());
     if (tiles.size() == 0) {
+      named_sync(1 + group(), 128);  // as in run: without products nothing else keeps the warps together
       arrive(shared.q_free);
     } else {
       wait_k();
@@ -496,6 +497,7 @@ struct Consumer {
     while (index() < args.items) {
       compute();
       barrier_wait(shared_address(&shared.item_full), progress.item());
+      named_sync(1 + group(), 128);  // no warp still waits for this phase when the next one may end
       arrive(shared.item_free);
       progress.next_item();
     }
