@@ -1,10 +1,12 @@
-"""Flags of XLA, set before JAX starts: eight CPU devices for the tests of sharding, whatever else the machine has, and quick
-compilation, which is most of a test's time on a CPU. Tests that need a GPU are skipped where there is none."""
+"""Flags of XLA, set before JAX starts: eight CPU devices for the tests of sharding, whatever else the machine has, and
+quick compilation, which is most of a test's time on a CPU. Tests that need a GPU are skipped where there is none.
+"""
 
 import os
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+)
 
 import jax
 import pytest
