@@ -158,7 +158,8 @@ def check(inputs: Inputs, **results: Any) -> dict[str, tuple[float, float]]:
     compute = np.promote_types(storage, np.float32) if storage.kind == "f" else np.float32
     exact = np.longdouble if storage == np.float64 else np.float64
     truth = oracle.attention(*inputs, dtype=exact)._asdict()
-    plain = oracle.attention(*inputs, dtype=compute, storage=storage)._asdict()
+    # With JAX's tanh: XLA's is off by four times as much as NumPy's.
+    plain = oracle.attention(*inputs, dtype=compute, storage=storage, tanh=jnp.tanh)._asdict()
     sizes = oracle.magnitudes(*inputs)._asdict()
     spreads = oracle.rounding_spread(*inputs, eps=float(jnp.finfo(storage).eps)) if storage.itemsize == 2 else {}
     errors = {}

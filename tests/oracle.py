@@ -24,9 +24,9 @@ class Results(NamedTuple):
     dsinks: np.ndarray | None  # [N]
 
 
-def attention(spec, q, k, v, operands, dout, dlse=None, dtype=np.float64, storage=None) -> Results:
+def attention(spec, q, k, v, operands, dout, dlse=None, dtype=np.float64, storage=None, tanh=np.tanh) -> Results:
     store = _rounding(dtype, storage or dtype)
-    x = _evaluate(spec, q, k, v, operands, dtype, store)
+    x = _evaluate(spec, q, k, v, operands, dtype, store, tanh)
     dout, dlse = _cotangents(x, operands, dout, dlse)
     dp = (dout @ _transpose(x.v)) * x.keep
     # The derivative by the logarithm of a row's sum of exponentials, with the scores held.
@@ -40,6 +40,7 @@ def magnitudes(spec, q, k, v, operands, dout, dlse=None) -> Results:
     x = _evaluate(spec, q, k, v, operands, np.float64, np.asarray)
     dout, dlse = map(np.abs, _cotangents(x, operands, dout, dlse))
     x = x._replace(q=np.abs(x.q), k=np.abs(x.k), v=np.abs(x.v), lse=np.where(x.empty, 0, 1 + np.abs(x.lse)))
+    x = x._replace(slope=2 - x.slope)  # 1 + tanh**2 for 1 - tanh**2
     dp = (dout @ _transpose(x.v)) * x.keep
     through_sum = dlse + np.sum(x.p * dp, axis=-1, keepdims=True)
     x = x._replace(out=(x.p * x.keep) @ x.v)
@@ -114,7 +115,7 @@ def _rounding(dtype, storage):
     return lambda x: x.astype(storage).astype(dtype)
 
 
-def _evaluate(spec, q, k, v, operands, dtype, store) -> _Evaluation:
+def _evaluate(spec, q, k, v, operands, dtype, store, tanh=np.tanh) -> _Evaluation:
     batch = np.broadcast_shapes(np.shape(q)[:-3], np.shape(k)[:-3], np.shape(v)[:-3])
     groups = np.shape(q)[-2] // np.shape(k)[-2]
     q = _heads_outside(_within(q, operands.q_lengths, dtype))
@@ -124,8 +125,9 @@ def _evaluate(spec, q, k, v, operands, dtype, store) -> _Evaluation:
     s = q @ _transpose(k) * spec.scale
     slope = 1.0
     if spec.softcap:
-        slope = 1 - np.tanh(s / spec.softcap) ** 2
-        s = spec.softcap * np.tanh(s / spec.softcap)
+        capped = np.asarray(tanh(s / spec.softcap))
+        slope = 1 - capped**2
+        s = spec.softcap * capped
     i, j = np.arange(s.shape[-2])[:, None], np.arange(s.shape[-1])
     at = i if operands.q_offset is None else i + _per_entry(operands.q_offset)
     if operands.alibi_slopes is not None:
