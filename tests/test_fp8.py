@@ -10,8 +10,6 @@ import jax_flash as jf
 from jax_flash import fp8
 from jax_flash.spec import AttentionSpec, Operands
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")]
-
 
 def normal(shape, seed=0, dtype=jnp.bfloat16):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
@@ -256,7 +254,7 @@ def test_program_for_cuda_has_two_calls():
 
 
 class TestKernels:
-    pytestmark = gpu
+    pytestmark = pytest.mark.gpu
 
     @pytest.mark.parametrize("rotate", [True, False])
     @pytest.mark.parametrize("shape", [(2, 70, 4, 64), (1, 200, 2, 128), (2, 33, 3, 256), (2, 100, 2, 80)], ids=str)
