@@ -31,6 +31,9 @@ def calls() -> None:
         (128, {"causal": True, "window": (70, 0), "softcap": 20.0}),
         (128, {"segments": True, "deterministic": True}),
         (256, {"lengths": True}),
+        (64, {"precision": jf.Fp8()}),
+        (128, {"precision": jf.Fp8(), "causal": True, "softcap": 20.0}),
+        (256, {"precision": jf.Fp8(), "lengths": True}),
     ):
         q, k, v, g = (
             jax.random.normal(jax.random.key(i), (2, 200, heads, size), jnp.bfloat16)
