@@ -24,7 +24,7 @@ Sm90Fp8Tiles ChooseTiles(const Call& call) {
   if (spec.segment_ids || spec.mask || spec.bias() || spec.alibi || spec.softcap)
     return {128, 64, head, stages, call.out_dtype};
   if (head == 64) return {192, 128, head, stages, call.out_dtype};
-  return {head == 128 ? 192 : 128, 96, head, stages, call.out_dtype};
+  return {head == 128 ? 192 : 128, head == 128 ? 96 : 128, head, stages, call.out_dtype};
 }
 
 // sizeof the kernel's struct Shared.
