@@ -3,8 +3,9 @@
     s = softcap(scale * q.k) + ALiBi + bias,    p = exp(s - lse) where visible,    out = dropout(p) v
 
 `forward` walks the key tiles of each query tile with an online softmax. `backward` recomputes each tile of
-probabilities from the lse and walks the query tiles of each key tile. `attention` is `forward` in a form that JAX
-differentiates to any order and in forward mode. All of them skip the tiles without a visible pair.
+probabilities from the lse and walks the query tiles of each key tile. `attention` is `forward` with a tangent that JAX
+differentiates to any order: that of plain sums over the key tiles, where the lse is known. All of them skip the tiles
+without a visible pair.
 
 Inside, arrays have the score layout of masks.py: queries [*B, K, G, T, H], keys and values [*B, K, S, H], operands
 [*B, K, G, T, S] with size 1 where they broadcast.
@@ -12,6 +13,7 @@ Inside, arrays have the score layout of masks.py: queries [*B, K, G, T, H], keys
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -26,12 +28,72 @@ from jax_flash.spec import AttentionSpec, Operands
 
 def forward(spec: AttentionSpec, q, k, v, operands: Operands):
     """out [*B, T, N, Hv] in q's dtype and lse [*B, N, T], for q [*B, T, N, H], k [*B, S, K, H], v [*B, S, K, Hv]."""
-    return _forward(_Call(spec, q, k, v, operands), differentiable=False)
+    call = _Call(spec, q, k, v, operands)
+    if call.empty:
+        shape = (*call.batch, *call.heads, call.q.shape[-2])
+        return call.results(call.full((*shape, call.v.shape[-1]), 0), call.full(shape, -jnp.inf))
+
+    def query_tile(_, xs):
+        i, bounds = xs
+
+        def step(j, state):
+            return _online_softmax(call.tile(i, j), call.keys(call.v, j), *state)
+
+        state = (call.row_tile(1, jnp.finfo(call.dtype).min), call.row_tile(1, 0), call.row_tile(call.v.shape[-1], 0))
+        top, total, weighted = _fori_loop(step, state, bounds, call.k_tiles.count)
+        return None, _normalise(top, total, weighted, call.operands.sinks)
+
+    _, tiles = jax.lax.scan(query_tile, None, call.each_query_tile())
+    return call.results(*(call.q_tiles.join(x) for x in tiles))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attention(spec: AttentionSpec, q, k, v, operands: Operands):
     """`forward`, differentiable by JAX in every mode and to any order."""
-    return _forward(_Call(spec, q, k, v, operands), differentiable=True)
+    return forward(spec, q, k, v, operands)
+
+
+@attention.defjvp
+def _attention_tangent(spec: AttentionSpec, primals, tangents):
+    """With the lse held, W = sum p v and Z = sum p = 1 have the derivatives of plain sums:
+
+        d lse = dZ,    d out = d(W / Z) = dW - out dZ
+
+    In reverse mode that makes of each tile what `backward` does. Higher orders differentiate the lse and out as well.
+    """
+    out, lse = attention(spec, *primals)
+    call = _Call(spec, *primals)
+    if call.empty:
+        return (out, lse), (jnp.zeros_like(out), jnp.zeros_like(lse))
+    rows = call.rows(lse)
+    _, (dweighted, dtotal) = jax.jvp(lambda *arrays: _sums(_Call(spec, *arrays), rows), primals, tangents)
+    dout = dweighted - _split_heads(out, call.heads).astype(call.dtype) * dtotal
+    return (out, lse), call.results(*(jnp.where(rows.seen, x, 0) for x in (dout, dtotal)))
+
+
+def _sums(call: _Call, rows: _Rows):
+    """sum(dropout(p) v) [*B, K, G, T, Hv] and sum(p) [*B, K, G, T, 1], with p = exp(s - lse)."""
+
+    def query_tile(_, xs):
+        i, bounds = xs
+        lse = call.queries(rows.lse, i)
+
+        def step(j, sums):
+            weighted, total = sums
+            tile = call.tile(i, j)
+            p = _exp(tile.scores - lse, tile.visible)
+            kept = p if tile.keep is None else p * tile.keep
+            weighted += _product("...gts,...sh->...gth", kept, call.keys(call.v, j))
+            return weighted, total + jnp.sum(p, axis=-1, keepdims=True)
+
+        sums = call.row_tile(call.v.shape[-1], 0), call.row_tile(1, 0)
+        return None, _checkpointed_loop(step, sums, bounds, call.k_tiles.count)
+
+    _, tiles = jax.lax.scan(jax.checkpoint(query_tile), None, call.each_query_tile())
+    weighted, total = (call.q_tiles.join(x) for x in tiles)
+    if call.operands.sinks is not None:
+        total += _exp(call.operands.sinks.astype(call.dtype) - rows.lse, rows.seen)
+    return weighted, total
 
 
 def backward(spec: AttentionSpec, q, k, v, operands: Operands, out, lse, dout, dlse):
@@ -101,6 +163,13 @@ class _Tile(NamedTuple):
     keep: jax.Array | None  # dropout: what multiplies each probability
 
 
+class _Rows(NamedTuple):
+    """[*B, K, G, T, 1]"""
+
+    lse: jax.Array  # 0 for the rows that see no key
+    seen: jax.Array  # whether a row sees a key
+
+
 class _Call:
     """A call's arrays in the score layout, without what lies past the lengths, and their tiles."""
 
@@ -134,6 +203,20 @@ class _Call:
         if self.operands.kv_lengths is None:
             return x
         return jnp.where(_index(x.shape[-2], -2, x.ndim) < jnp.squeeze(self.operands.kv_lengths, -3), x, 0)
+
+    def row_tile(self, size, value):
+        """A constant for each query of a tile."""
+        return self.full((*self.batch, *self.heads, self.q_tiles.size, size), value)
+
+    def results(self, out, lse):
+        """out [*B, K, G, T, Hv] and lse [*B, K, G, T, ...] as they are returned."""
+        lse = lse.reshape(*self.batch, math.prod(self.heads), out.shape[-2])
+        return _merge_heads(out).astype(self.q.dtype), lse
+
+    def rows(self, lse) -> _Rows:
+        lse = lse.reshape(*self.batch, *self.heads, lse.shape[-1], 1)
+        seen = ~(lse < jnp.finfo(lse.dtype).min)  # a constant -inf would stop jax_debug_infs
+        return _Rows(jnp.where(seen, lse, 0), seen)
 
     def queries(self, x, i):
         return self.q_tiles.cut(x, i, axis=-2)
@@ -194,43 +277,11 @@ class _Call:
         return _Tile(s, visible, slope, keep)
 
 
-def _forward(call: _Call, differentiable: bool):
-    shape = (*call.batch, *call.heads, call.q.shape[-2])
-    value_dim = call.v.shape[-1]
-    if call.empty:
-        out, lse = call.full((*shape, value_dim), 0), call.full(shape, -jnp.inf)
-    else:
-
-        def query_tile(_, xs):
-            i, bounds = xs
-
-            def step(j, state):
-                return _online_softmax(call.tile(i, j), call.keys(call.v, j), *state)
-
-            tile_shape = (*shape[:-1], call.q_tiles.size)
-            lowest = jnp.finfo(call.dtype).min
-            state = (
-                call.full((*tile_shape, 1), lowest),
-                call.full((*tile_shape, 1), 0),
-                call.full((*tile_shape, value_dim), 0),
-            )
-            loop = _checkpointed_loop if differentiable else _fori_loop
-            top, total, weighted = loop(step, state, bounds, call.k_tiles.count)
-            return None, _normalise(top, total, weighted, call.operands.sinks)
-
-        if differentiable:
-            query_tile = jax.checkpoint(query_tile)
-        _, tiles = jax.lax.scan(query_tile, None, call.each_query_tile())
-        out, lse = (call.q_tiles.join(x) for x in tiles)
-    return _merge_heads(out).astype(call.q.dtype), lse.reshape(*call.batch, math.prod(call.heads), shape[-1])
-
-
 def _online_softmax(tile: _Tile, v, top, total, weighted):
     """Take a tile into the running maximum of the scores, sum of exp(s - maximum) and sum of exp(s - maximum) v."""
     s, lowest = tile.scores, jnp.finfo(tile.scores.dtype).min
     seen = s if tile.visible is None else jnp.where(tile.visible, s, lowest)
-    # The result does not depend on the maximum, so neither do derivatives.
-    new_top = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(seen, axis=-1, keepdims=True)))
+    new_top = jnp.maximum(top, jnp.max(seen, axis=-1, keepdims=True))
     p = _exp(s - new_top, tile.visible)
     shrink = jnp.exp(top - new_top)
     total = total * shrink + jnp.sum(p, axis=-1, keepdims=True)
@@ -243,7 +294,7 @@ def _normalise(top, total, weighted, sinks):
     empty = total == 0
     if sinks is not None:
         sinks = sinks.astype(total.dtype)
-        new_top = jax.lax.stop_gradient(jnp.maximum(top, sinks))
+        new_top = jnp.maximum(top, sinks)
         shrink = jnp.exp(top - new_top)
         top, total, weighted = new_top, total * shrink + jnp.exp(sinks - new_top), weighted * shrink
     total = jnp.where(empty, 1, total)
@@ -268,15 +319,12 @@ class _GradientRows(NamedTuple):
 
 
 def _gradient_rows(call: _Call, out, lse, dout, dlse) -> _GradientRows:
-    out, dout = (call.rows_within_length(_split_heads(x, call.heads)) for x in (out, dout))
-    lse, dlse = (
-        None if x is None else call.rows_within_length(x.reshape(*call.batch, *call.heads, x.shape[-1], 1))
-        for x in (lse, dlse)
-    )
+    rows = call.rows(lse)
+    out, dout = (jnp.where(rows.seen, _split_heads(x, call.heads), 0) for x in (out, dout))
     delta = jnp.sum(out.astype(call.dtype) * dout.astype(call.dtype), axis=-1, keepdims=True)
     if dlse is not None:
-        delta -= dlse
-    return _GradientRows(jnp.where(jnp.isfinite(lse), lse, 0), dout, delta)
+        delta -= jnp.where(rows.seen, dlse.reshape(delta.shape), 0)
+    return _GradientRows(rows.lse, dout, delta)
 
 
 def _tile_gradient(tile: _Tile, v, row: _GradientRows):
