@@ -113,3 +113,16 @@ def test_the_main_job(tmp_path, monkeypatch, capsys):
     train_small.main()
     assert re.search(r"loss: [45]\.\d+ -> [12]\.\d+", capsys.readouterr().out)
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_fp8_training_follows_bf16(tmp_path):
+    from benchmarks import fp8_training
+
+    curves = fp8_training.main(
+        ["--size", "tiny", "--steps", "12", "--batch", "8", "--out", str(tmp_path / "curves.jsonl")]
+    )
+    bf16, fp8 = (np.array(curves[name]) for name in ("bf16", "fp8"))
+    assert bf16[-1] < bf16[0]
+    assert (bf16 != fp8).any()
+    np.testing.assert_allclose(fp8, bf16, rtol=0.01)
+    assert (tmp_path / "curves.png").exists()
