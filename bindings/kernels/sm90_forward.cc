@@ -30,6 +30,7 @@ Sm90ForwardTiles ChooseTiles(const Call& call) {
   Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, 0};
   if (head <= 96) {
     if (slim) tiles.rows = 192;
+    if (slim && spec.causal && head <= 64) tiles.stages = 3;  // groups drift apart at the diagonal
     if (head > 64) {
       tiles.keys = slim ? 96 : 112;
       tiles.q_stages = 1;
@@ -47,8 +48,8 @@ Sm90ForwardTiles ChooseTiles(const Call& call) {
 
 size_t SharedBytes(const Spec& spec, const Sm90ForwardTiles& tiles) {
   const size_t head = RoundUp(spec.head_dim, 64), value = RoundUp(spec.value_dim, 64);
-  const bool own_out = tiles.q_stages == 2 || tiles.q_registers;
-  const size_t q = own_out ? tiles.q_stages * head + value : std::max(head, value);
+  const bool staged = tiles.q_stages == 2 || tiles.q_registers;
+  const size_t q = tiles.q_stages * head + (staged ? value : 0);
   constexpr size_t kBarriersAndWork = 1024;
   return 2 * (tiles.rows * q + tiles.stages * tiles.keys * (head + value)) + kBarriersAndWork;
 }
@@ -123,10 +124,11 @@ Planned PlanSm90Forward(const Call& call) {
     args.q = map(buffers.q, problem.q_batch, problem.q_len, problem.q_heads, spec.head_dim, packed, rows / packed);
     args.k = map(buffers.k, problem.k_batch, problem.kv_len, problem.kv_heads, spec.head_dim, 1, keys);
     args.v = map(buffers.v, problem.v_batch, problem.kv_len, problem.kv_heads, spec.value_dim, 1, keys);
-    args.out =
+    args.out_map =
         map(buffers.out, {1, problem.batch}, problem.q_len, problem.q_heads, spec.value_dim, packed, 64 / packed);
     args.problem = problem;
     args.features = launch.features;
+    args.out = buffers.out;
     args.lse = buffers.lse;
     args.segments = segments.Run(launch);
     args.tiles = q_tiles;

@@ -10,7 +10,7 @@ namespace jf {
 struct Sm90ForwardTiles {
   int rows, keys;     // of a tile of scores; 64 rows a consumer warpgroup
   int stages;         // of the ring of key and value tiles
-  int q_stages;       // 2: the next tile's queries arrive, and its first scores start, before this tile has ended
+  int q_stages;       // 2: the next tile's queries arrive before this one's are done with; the output is staged
   bool q_registers;   // queries wait in registers, not in shared memory, which then has room and bandwidth to spare
   int packed;         // query heads of a key head whose rows share a tile; 1: each head has its own
   bool dynamic;       // tiles are drawn from a counter, else dealt out in advance
@@ -20,9 +20,10 @@ struct Sm90ForwardTiles {
 
 struct Sm90ForwardArgs {
   // Boxes of 64 elements x (packed heads x queries) of a tile (q) or a warpgroup (out), or x keys.
-  TensorMap q, k, v, out;
+  TensorMap q, k, v, out_map;
   Problem problem;
   Features features;
+  void* out;
   float* lse;
   SegmentTiles segments;
   int* counter;  // dynamic: 0 at launch

@@ -15,13 +15,13 @@
 //   products   | S(n-1)  | P(n) V(n)            | S(n-2) | P(n-1) V(n-1) ...
 //   registers            | softmax(n-1) -> P(n-1)        | softmax(n-2)  ...
 //
-// At the end of a tile the last P V is followed by the first S of the next tile (kEarlyStart: its Q is there already),
-// under which the output is normalised, staged and sent off by TMA. A group whose rows do not see a key tile that
-// others of the block do see lets it pass (skip).
+// At the end of a tile the last P V is followed by the first S of the next tile (its Q is there already), under which
+// the output is normalised and sent off. A group whose rows do not see a key tile that others of the block do see lets
+// it pass (skip).
 //
 //   barrier            arrivals                      waited for by
 //   q_full             producer + bytes              consumers, before the first S of a tile
-//   q_free             each consumer warp            producer; Q was read, or the output left its place
+//   q_free             each consumer warp            producer; Q was read
 //   k_full, v_full     producer + bytes              consumers, before S, before P V
 //   k_free, v_free     each consumer warp            producer
 //   work_full          scheduler                     producer, consumers; two slots
@@ -57,9 +57,12 @@ constexpr int kHeadAtoms = (kSpec.head_dim + 63) / 64,
 constexpr int kQBytes = kHeadAtoms * kRows * 128, kKBytes = kHeadAtoms * kKeys * 128,
               kVBytes = kValueAtoms * kKeys * 128;
 constexpr int kOutBytes = kValueAtoms * kRows * 128;
-// With two slots for Q, or Q in registers, the next tile starts early and the output has its own staging; else it takes
-// the place of Q.
-constexpr bool kEarlyStart = kQStages == 2 || kTiles.q_registers, kOwnOut = kEarlyStart;
+// Where a second slot for Q, or Q in registers, leaves room, the output is staged in shared memory; else it is written
+// from registers.
+constexpr bool kStaged = kQStages == 2 || kTiles.q_registers;
+
+// The diagonal cuts the last tile of keys. (With a mask array, the registers do not suffice for what is made of it.)
+constexpr bool kDiagonal = (kSpec.causal || kSpec.window_right) && !kSpec.mask;
 
 // Registers of a thread. The shares add up to what the launch allotted: 65536 / kThreads, in steps of 8.
 constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
@@ -81,10 +84,10 @@ struct Work {
 };
 
 struct alignas(1024) Shared {
-  unsigned char q[kQStages][kOwnOut || kQBytes > kOutBytes ? kQBytes : kOutBytes];
+  unsigned char q[kQStages][kQBytes];
   unsigned char k[kStages][kKBytes];
   unsigned char v[kStages][kVBytes];
-  unsigned char out[kOwnOut ? kOutBytes : 16];
+  unsigned char out[kStaged ? kOutBytes : 16];
   u64 q_full[kQStages], q_free[kQStages];
   u64 k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
   u64 work_full[2], work_free[2], work_wanted;
@@ -289,37 +292,76 @@ JF_DEVICE void finish(const Sm90ForwardArgs& args, const Work& work, int warp_ro
   }
 }
 
-// Normalises a group's rows and sends them off, through shared memory.
-JF_DEVICE void store(const Sm90ForwardArgs& args, const Work& work, int group, const float (&o)[kValueSteps * 8],
-                     const float (&factor)[2], u32 staging) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  if constexpr (kOwnOut) {  // TMA must have read what the group's last tile left there
-    if (thread == 0) bulk_wait_read<0>();
-    named_sync(1 + kGroups + group, 128);
-  }
+// Two neighbours of row r of the output, normalised: columns 8 * block + 2 * (lane % 4) and the next.
+JF_DEVICE u32 normalised(const float (&o)[kValueSteps * 8], const float (&factor)[2], int block, int r) {
+  const float* pair = o + 4 * block + 2 * r;
+  if (kSpec.q_lengths && factor[r] == 0.f) return 0;  // 0 times what a poisoned query left may not be 0
+  return pack<kSpec.dtype>(pair[0] * factor[r], pair[1] * factor[r]);
+}
+
+// Stages a group's rows in shared memory and sends them off.
+JF_DEVICE void send(const Sm90ForwardArgs& args, const Work& work, int group, const float (&o)[kValueSteps * 8],
+                    const float (&factor)[2], u32 staging) {
+  const int thread = static_cast<int>(threadIdx.x) % 128, barrier = 1 + kGroups + group;
+  if (thread == 0) bulk_wait_read<0>();  // what the group's last tile left there has been read
+  named_sync(barrier, 128);
   const int row = group * 64 + thread / 32 * 16 + lane_id() % 16;
 #pragma unroll
   for (int step = 0; step < kValueSteps; step++) {  // 16 columns
     u32 words[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float low = o[8 * step + 2 * i] * factor[i % 2], high = o[8 * step + 2 * i + 1] * factor[i % 2];
-      // 0 times what a poisoned query left is not 0
-      words[i] = !kSpec.q_lengths || factor[i % 2] != 0.f ? pack<kSpec.dtype>(low, high) : 0;
-    }
+    for (int i = 0; i < 4; i++) words[i] = normalised(o, factor, 2 * step + i / 2, i % 2);
     const u32 to = staging + step / 4 * (kRows * 128) + swizzled_offset(row, step % 4 * 2 + lane_id() / 16);
     store_matrix(to, words[0], words[1], words[2], words[3]);
   }
   async_fence();
-  named_sync(1 + kGroups + group, 128);
+  named_sync(barrier, 128);
   if (thread == 0) {
-    const int first = group * 64;
     for (int atom = 0; atom < kValueAtoms; atom++) {
-      tma_store(args.out, staging + (atom * kRows + first) * 128, atom * 64, work.head,
-                (work.row0 + first) / kTiles.packed, work.batch);
+      tma_store(args.out_map, staging + (atom * kRows + group * 64) * 128, atom * 64, work.head,
+                (work.row0 + group * 64) / kTiles.packed, work.batch);
     }
     bulk_commit();
-    if constexpr (!kOwnOut) bulk_wait_read<0>();
+  }
+}
+
+// 4 x 4 words of the four lanes of a quad: lane q's word i becomes lane i's word q.
+JF_DEVICE void transpose_quad(u32 (&words)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = lane_id() & bit;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & bit) continue;
+      const u32 other = __shfl_xor_sync(~0u, upper ? words[i] : words[i + bit], bit);
+      (upper ? words[i] : words[i + bit]) = other;
+    }
+  }
+}
+
+// Writes a warp's rows from registers, 16 bytes a thread.
+JF_DEVICE void write(const Sm90ForwardArgs& args, const Work& work, int warp_row, const float (&o)[kValueSteps * 8],
+                     const float (&factor)[2]) {
+  const Problem& p = args.problem;
+  const int quad = lane_id() % 4;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int row = work.row0 + warp_row + lane_id() / 4 + 8 * r, query = row / kTiles.packed;
+    const long long place =
+        (static_cast<long long>(work.batch) * p.q_len + query) * p.q_heads + work.head + row % kTiles.packed;
+    char* out = static_cast<char*>(args.out) + place * (2 * kSpec.value_dim) + quad * 16;
+#pragma unroll
+    for (int block = 0; block < 2 * kValueSteps; block += 4) {  // four times 8 columns
+      u32 words[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        words[i] = block + i < 2 * kValueSteps ? normalised(o, factor, min(block + i, 2 * kValueSteps - 1), r) : 0;
+      }
+      transpose_quad(words);
+      if (query < p.q_len && 8 * (block + quad) < kSpec.value_dim) {
+        *reinterpret_cast<uint4*>(out + block * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
   }
 }
 
@@ -357,10 +399,13 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     start_values(o, p, descriptor_after(v0, slot * kVBytes), accumulate);
   };
 
+  // Keys that the rows of this group see.
+  const auto seen_by_group = [&](const Work& work) {
+    return work.band.keys_of((work.row0 + group * 64) / kTiles.packed, 64 / kTiles.packed);
+  };
   // Key tiles that the rows of this group see; if none, one, whose scores are all masked.
   const auto keys_of_group = [&](const Work& work) {
-    const Range own = meet(
-        tiles_of(work.band.keys_of((work.row0 + group * 64) / kTiles.packed, 64 / kTiles.packed), kKeys), work.keys);
+    const Range own = meet(tiles_of(seen_by_group(work), kKeys), work.keys);
     return uniform(own.size() > 0 ? own : Range{work.keys.end - 1, work.keys.end});
   };
   // Lets key tiles pass by that only other groups see.
@@ -439,9 +484,16 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
 
     int n = keys.end - 1;
     release(shared.k_free, ring.slot);
-    if (kQStages == 2 && n == keys.begin) release(shared.q_free, q_ring.slot);
+    if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring.slot);
     logits(n);
-    softmax.template step<true>(s, rescale, score.unit);
+    // Keys of the second half of the diagonal's tile that no row of the group sees cost no exponentials.
+    if (kDiagonal && uniform(seen_by_group(*work).end) <= n * kKeys + kKeys / 2) {
+      softmax.template step<true>(reinterpret_cast<float (&)[kKeys / 4]>(s), rescale, score.unit);
+#pragma unroll
+      for (int i = kKeys / 4; i < kKeys / 2; i++) s[i] = 0.f;
+    } else {
+      softmax.template step<true>(s, rescale, score.unit);
+    }
     drop(n);
     round_probabilities();
     if constexpr (kSpec.kv_lengths) {
@@ -466,7 +518,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       wgmma_wait<1>();
       pin(s);
       release(shared.k_free, next.slot);
-      if (kQStages == 2 && n == keys.begin) release(shared.q_free, q_ring.slot);
+      if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring.slot);
       logits(n);
       softmax.template step<false>(s, rescale, score.unit);
       drop(n);
@@ -484,7 +536,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       ring = next;
     }
 
-    // The last values of this tile and, with kEarlyStart, the first scores of the next one beside them.
+    // The last values of this tile, and the first scores of the next one beside them.
     barrier_wait(barrier_of(shared.v_full, ring.slot), ring.parity);
     wgmma_fence();
     start_values_of(ring.slot, accumulate);
@@ -511,24 +563,19 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       keys = keys_of_group(*next_work);
       ahead = uniform(next_work->keys.end) - keys.end;
     }
-    if constexpr (kEarlyStart) {
-      if (held && ahead >= kStages) let_go();
-      skip(ahead);
-      start_first_scores(more);
-      wgmma_wait<1>();
-    } else {
-      wgmma_wait<0>();
-    }
+    if (held && ahead >= kStages) let_go();
+    skip(ahead);
+    start_first_scores(more);
+    wgmma_wait<1>();
     pin(o);
     if (held) release(shared.v_free, last);
-    store(args, *work, group, o, factor, shared_address(kOwnOut ? shared.out : shared.q[0]));
-    if (!kOwnOut) release(shared.q_free, 0);
+    if constexpr (kStaged) {
+      send(args, *work, group, o, factor, shared_address(shared.out));
+    } else {
+      write(args, *work, warp_row, o, factor);
+    }
     __syncwarp();
     release(shared.work_free, (round & 1) ^ 1);
-    if constexpr (!kEarlyStart) {
-      skip(ahead);
-      start_first_scores(more);
-    }
     wgmma_wait<0>();
     pin(s);
     work = next_work;
