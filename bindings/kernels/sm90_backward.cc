@@ -35,6 +35,17 @@ bool BlocksOwnDq(const Call& call, int queries) {
   return pairs * 10 >= rounds * kMultiprocessors * 9 && bytes <= 20ll << 20;
 }
 
+// (batch entry, key head) pairs in a section: what they read and add to at a time, one head of a group after the other,
+// stays in the L2. A power of two, of which the number of pairs mostly is a multiple: a small last section would start
+// the longest key tiles of causal attention when the GPU has little else left. Limits by measurement.
+int SectionOf(const Call& call, long long pairs) {
+  const long long bytes = 8LL * call.problem.q_len * Sm90BackwardTileSize(call.spec, call.spec.head_dim);
+  const long long limit = (Sm90BackwardIsWide(call.spec) ? 32LL : 16LL) << 20;
+  int section = 1;
+  while (2 * section <= pairs && 2 * section * bytes <= limit) section *= 2;
+  return section;
+}
+
 Sm90BackwardTiles ChooseTiles(const Call& call) {
   const Spec& spec = call.spec;
   if (Sm90BackwardIsWide(spec)) return {64, 80, 1, 2, 1, false};
@@ -100,9 +111,7 @@ Planned PlanSm90Backward(const Call& call) {
   const long long acc_heads = tiles.own_dq ? std::min<long long>(kMultiprocessors, pairs) * group : pairs * group;
   const size_t lse_log2 = plan.AddScratch(rows * sizeof(float)), delta = plan.AddScratch(rows * sizeof(float));
   const size_t dq_sums = plan.AddScratch(static_cast<size_t>(acc_heads) * padded_len * head_tile * sizeof(float));
-  // What the key tiles of a section read and add to stays in the L2.
-  const long long bytes = 8LL * problem.q_len * group * head_tile;
-  const int section = static_cast<int>(std::clamp((24LL << 20) / bytes, 1LL, pairs));
+  const int section = SectionOf(call, pairs);
   const unsigned blocks = tiles.own_dq ? std::min<long long>(kMultiprocessors, pairs) : pairs * key_tiles;
   plan.facts = {{"tile", std::to_string(tiles.queries) + " x " + std::to_string(tiles.keys)},
                 {"blocks", std::to_string(blocks)},
