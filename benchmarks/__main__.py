@@ -1,7 +1,7 @@
 """Time attention: `python -m benchmarks --help`.
 
-Every implementation is checked against float64 attention, gradients too, before it is timed. Results go to a file of JSON lines, one
-a case and implementation; the grid's lines carry the keys impl, dtype, dir, D, causal, S, tflops.
+Every implementation is checked against float64 attention, gradients too, before it is timed. Results go to a file of
+JSON lines, one a case and implementation; the grid's lines carry the keys impl, dtype, dir, D, causal, S, tflops.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from . import check, report, timing
 from .cases import Case, grid, named
 from .peers import PEERS, Attention, Skip
 
+
 def scratch_mib(case: Case, attention: Attention) -> float:
     """Memory that forward and backward need beside their operands and results, as XLA plans it."""
 
@@ -37,7 +38,7 @@ def scratch_mib(case: Case, attention: Attention) -> float:
 
 
 def compile_s(call, operands) -> float:
-    """Seconds to trace and compile, with an empty cache of kernels (those this process has already are not compiled)."""
+    """Seconds to trace and compile with no kernel on disk (those this process has already are not compiled again)."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, JAX_FLASH_CACHE_DIR=folder):
         start = time.perf_counter()
         call.lower(*operands).compile()
@@ -113,7 +114,10 @@ def main() -> int:
     console.print(" · ".join(f"{key}: {value}" for key, value in about.items() if value), highlight=False)
 
     table = Table(
-        "case", *args.impl, *([f"{args.impl[0]} / {name}" for name in args.impl[1:]]), title="TFLOP/s (memory: MiB, compile: s, accuracy: relative error)"
+        "case",
+        *args.impl,
+        *([f"{args.impl[0]} / {name}" for name in args.impl[1:]]),
+        title="TFLOP/s (memory: MiB, compile: s, accuracy: relative error)",
     )
     failures = 0
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +141,9 @@ def main() -> int:
                 }
                 try:
                     line |= measure(case, name)
-                    speeds[name] = next(line[key] for key in ("tflops", "scratch_MiB", "compile_s", "error") if key in line)
+                    speeds[name] = next(
+                        line[key] for key in ("tflops", "scratch_MiB", "compile_s", "error") if key in line
+                    )
                 except Skip as skip:
                     notes[name] = "-"
                     line["skipped"] = str(skip)

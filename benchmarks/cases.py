@@ -191,9 +191,7 @@ def named() -> dict[str, list[Case]]:
             for c in (False, True)
             for o in (False, True)
         ],
-        "compile": [
-            Case("compile", 2, 2048, 2048, 8, 8, dim, "f16", d, True) for dim in HEAD_DIMS for d in both
-        ],
+        "compile": [Case("compile", 2, 2048, 2048, 8, 8, dim, "f16", d, True) for dim in HEAD_DIMS for d in both],
         "memory": [
             Case("memory", 1, t, t, 8, 8, 128, direction="bwd", causal=True) for t in (4096, 16384, 65536, 131072)
         ],

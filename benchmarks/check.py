@@ -1,4 +1,4 @@
-"""Is an answer right, and how far off is it: float64 on the host, for the first key head and the queries that share it."""
+"""Is an answer right, and how far off: float64 on the host, for the first key head and the queries that share it."""
 
 from __future__ import annotations
 

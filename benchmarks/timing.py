@@ -51,10 +51,10 @@ def ceilings() -> dict[str, float]:
         return {}
     a, b = (jax.random.normal(jax.random.key(i), (8192, 8192), jnp.bfloat16) for i in range(2))
     source = jax.random.normal(jax.random.key(2), (2**29,), jnp.bfloat16)
-    product, copy = jax.jit(jnp.matmul), jax.jit(jnp.negative)
+    product, copy = jax.jit(jnp.matmul), jax.jit(jnp.copy)
     for call, operands in ((product, (a, b)), (copy, (source,))):
         warm_up(call, *operands, repeats=10)
     return {
-        "matmul_tflops": 2 * 8192**3 / (kernel_ms(product, a, b) or wall_ms(product, a, b)) / 1e9,
-        "copy_tbs": 2 * source.nbytes / (kernel_ms(copy, source) or wall_ms(copy, source)) / 1e9,
+        "matmul_tflops": 2 * 8192**3 / wall_ms(product, a, b) / 1e9,
+        "copy_tbs": 2 * source.nbytes / wall_ms(copy, source) / 1e9,
     }
