@@ -187,8 +187,7 @@ def named() -> dict[str, list[Case]]:
         "accuracy": [
             Case("accuracy", 1, s, s, 2, 2, dim, direction="bwd", causal=c, outliers=o)
             for dim in HEAD_DIMS
-            for s in (2048, 16384)
-            for c in (False, True)
+            for s, c in ((2048, False), (2048, True), (16384, True))
             for o in (False, True)
         ],
         "compile": [Case("compile", 2, 2048, 2048, 8, 8, dim, "f16", d, True) for dim in HEAD_DIMS for d in both],
