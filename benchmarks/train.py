@@ -38,7 +38,7 @@ def cudnn(q, k, v, *, is_causal, **_):
     return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn")
 
 
-IMPLEMENTATIONS = {"jax_flash": attention_fn, "cudnn": cudnn, "xla": nnx.dot_product_attention}
+IMPLEMENTATIONS = {"jax_flash": attention_fn, "cudnn": cudnn, "flax": nnx.dot_product_attention}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,26 +100,6 @@ def measure(task: Task, state: train.State, trainer, step, batch, rounds: int = 
     }
 
 
-def picture(rows: list[dict], path: pathlib.Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, key, title in zip(axes, ("step_ms", "GiB"), ("ms a training step", "GiB a device"), strict=True):
-        for impl in IMPLEMENTATIONS:
-            points = sorted((row["T"], row[key]) for row in rows if row["impl"] == impl and key in row)
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=report.LABELS[impl], color=report.COLORS[impl])
-        axis.set_xscale("log", base=2)
-        axis.set(title=title, xlabel="sequence length", ylim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
     parser.add_argument("--size", choices=gpt.SIZES, default="gpt2")
@@ -159,7 +139,8 @@ def main() -> int:
                 what = (str(length), task.impl, task.parallel, str(task.devices))
                 table.add_row(*what, row.get("failed") or figures[0], *figures[1:])
     console.print(table)
-    picture(rows, args.out.with_suffix(".png"))
+    for path in report.pictures(rows, args.out.parent):
+        console.print(f"picture: {path}")
     return 0
 
 
