@@ -78,6 +78,8 @@ def measure(case: Case, name: str) -> dict:
         return line | {f"error_{name}": error for name, error in errors.items()}
     timing.warm_up(call, *operands)
     kernel, wall = timing.kernel_ms(call, *operands), timing.wall_ms(call, *operands)
+    if case.group == "decode":
+        line["cache_tbs"] = sum(x.nbytes for x in operands[1:]) / (kernel or wall) / 1e9
     return line | {
         "kernel_ms": kernel,
         "wall_ms": wall,

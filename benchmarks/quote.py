@@ -7,9 +7,9 @@ A block of a page looks like
     <!-- end -->
 
 and names a file of benchmarks/results, then what to show: `grid DIRECTION DTYPE` (speed by length and head size),
-`cases GROUP` (a line a case), `features` (what each costs), `accuracy` (errors beside cuDNN's) or `train` (steps of
-benchmarks.train). The pictures in docs/pictures are drawn from the same files. `--check` writes nothing and fails where
-a page and its run disagree.
+`cases GROUP` (a line a case), `features` (what each costs), `accuracy` (errors beside cuDNN's), `decode` (beside a
+copy), `train` (steps of benchmarks.train) or `parallel` (of several devices). The pictures in docs/pictures are drawn
+from the same files. `--check` writes nothing and fails where a page and its run disagree.
 
 After a new run: copy its files over those in benchmarks/results, run this, look at the pages and pictures.
 """
@@ -106,7 +106,8 @@ def accuracy(rows: list[dict[str, Any]]) -> list[str]:
 
 def train(rows: list[dict[str, Any]]) -> list[str]:
     """Milliseconds a training step by sequence length, and how many times as fast ours is."""
-    rows = [row for row in rows if (row["parallel"], row["devices"]) == ("jit", 1)]
+    one = {"group": "train", "parallel": "jit", "devices": 1}
+    rows = [row for row in rows if one.items() <= row.items()]
     names = [name for name in LABELS if any(row["impl"] == name for row in rows)]
     lines = [f"| ms a step | {' | '.join(LABELS[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
     for length in sorted({row["T"] for row in rows}):
@@ -125,7 +126,28 @@ def train(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-KINDS = {"grid": grid, "cases": cases, "features": features, "accuracy": accuracy, "train": train}
+def parallel(rows: list[dict[str, Any]]) -> list[str]:
+    """Data-parallel training steps, and the throughput as a multiple of one device's."""
+    rows = [row for row in rows if row["group"] == "train" and "step_ms" in row]
+    lines = ["| data parallel | devices | ms a step | tokens/s (x one device) |", "|---|---|---|---|"]
+    for row in rows:
+        (alone,) = (r for r in rows if (r["T"], r["parallel"], r["devices"]) == (row["T"], row["parallel"], 1))
+        speed = f"{row['tokens_s']:,.0f} ({row['tokens_s'] / alone['tokens_s']:.2f})"
+        lines.append(f"| {row['parallel']}, T {row['T']} | {row['devices']} | {row['step_ms']:.1f} | {speed} |")
+    return lines
+
+
+def decode(rows: list[dict[str, Any]]) -> list[str]:
+    """Bytes of the cache a second, beside a copy in the same run, and the time beyond the kernels."""
+    lines = ["| one token | TB/s | of a copy | kernel ms | wall ms |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row["group"] == "decode" and "cache_tbs" in row:
+            rate = f"{row['cache_tbs']:.2f} | {row['cache_tbs'] / row['copy_tbs']:.0%}"
+            lines.append(f"| {row['impl']} | {rate} | {row['kernel_ms']:.3f} | {row['wall_ms']:.3f} |")
+    return lines
+
+
+KINDS = {kind.__name__: kind for kind in (grid, cases, features, accuracy, train, parallel, decode)}
 
 
 def quoted(text: str) -> str:

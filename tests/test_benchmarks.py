@@ -78,13 +78,20 @@ def test_lines_become_tables_and_pictures(tmp_path, monkeypatch):
         line("jax_flash", **plain | {"case": "fwd D128 causal softcap", "kernel_ms": 3.0}),
         line("jax_flash", **step),
         line("flax", **step | {"step_ms": 20.0}),
+        line("jax_flash", group="decode", cache_tbs=3.6, copy_tbs=4.0, kernel_ms=0.3, wall_ms=0.31),
         line("jax_flash", group="memory", S=4096, scratch_MiB=5.0),
     ]
     (tmp_path / "run.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(quote, "RESULTS", tmp_path)
-    shows = ("grid fwd bf16", "accuracy", "features", "train")
+    shows = ("grid fwd bf16", "accuracy", "features", "train", "decode")
     page = quote.quoted("\n".join(f"<!-- run: run.jsonl {what} -->\n<!-- end -->" for what in shows))
-    for figure in ("400 (2.00)", "1.0e-03 (0.50)", "| softcap | 3.000 ms (x 1.50) |", "20.0 (x 2.00, 3 GiB)"):
+    for figure in (
+        "400 (2.00)",
+        "1.0e-03 (0.50)",
+        "| softcap | 3.000 ms (x 1.50) |",
+        "20.0 (x 2.00, 3 GiB)",
+        "| 3.60 | 90% |",
+    ):
         assert figure in page
     drawn = report.pictures(report.read(tmp_path / "run.jsonl"), tmp_path)
     assert {path.name for path in drawn} == {"fwd_bf16_speed.png", "fwd_bf16_ratios.png", "memory.png", "train.png"}
