@@ -1,38 +1,29 @@
 """Time attention: `python -m benchmarks --help`.
 
-Every implementation is checked against float32 attention before it is timed. Results go to a file of JSON lines, one
-a case and implementation; the grid's lines carry the keys impl, dtype, dir, D, causal, S, tflops.
+Every implementation is checked against float64 attention, gradients too, before it is timed. Results go to a file of
+JSON lines, one a case and implementation; the grid's lines carry the keys impl, dtype, dir, D, causal, S, tflops.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import pathlib
 import sys
+import tempfile
+import time
+from unittest import mock
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import report, timing
+from . import check, report, timing
 from .cases import Case, grid, named
-from .peers import PEERS, Attention, Skip, exact
-
-TOLERANCE = {"bf16": 2e-2, "f16": 4e-3, "f32": 1e-5, "fp8": 8e-2}
-
-
-def check(case: Case, attention: Attention, arrays) -> float:
-    """Relative error of the last rows of one head; raises if it is out of bounds."""
-    q, k, v, _ = arrays
-    out = jax.jit(attention)(q, k, v)[0, -128:, 0].astype(jnp.float32)
-    right = exact(case, q, k, v)
-    error = float(jnp.linalg.norm(out - right) / jnp.linalg.norm(right))
-    if not error < TOLERANCE[case.precision or case.dtype]:
-        raise AssertionError(f"relative error {error:.1e}")
-    return error
+from .peers import PEERS, Attention, Skip
 
 
 def scratch_mib(case: Case, attention: Attention) -> float:
@@ -46,22 +37,49 @@ def scratch_mib(case: Case, attention: Attention) -> float:
     return jax.jit(gradients).lower(*shapes).compile().memory_analysis().temp_size_in_bytes / 2**20
 
 
+def compile_s(call, operands) -> float:
+    """Seconds to trace and compile with no kernel on disk (those this process has already are not compiled again)."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, JAX_FLASH_CACHE_DIR=folder):
+        start = time.perf_counter()
+        call.lower(*operands).compile()
+        return time.perf_counter() - start
+
+
+@functools.lru_cache(maxsize=1)
+def task(case: Case):
+    """Operands of a case and what their results are: shared by the implementations that are timed on it."""
+    arrays = case.arrays()
+    rows = case.q_len if case.group == "accuracy" and case.q_len <= 4096 else check.ROWS
+    return arrays, {} if case.feature else check.exact(case, arrays, rows)
+
+
 def measure(case: Case, name: str) -> dict:
     """One line of results; raises Skip where the implementation does not do the case."""
     attention = PEERS[name](case)
     if case.group == "memory":
         return {"scratch_MiB": scratch_mib(case, attention)}
-    arrays = case.arrays()
-    *operands, cotangent = arrays
-    line = {"error": check(case, attention, arrays)} if not case.feature else {}
+    (*operands, cotangent), right = task(case)
     if case.direction == "fwd":
         call = jax.jit(attention)
     else:
-        _, pullback = jax.jit(lambda *x: jax.vjp(attention, *x))(*operands)
+        out, pullback = jax.jit(lambda *x: jax.vjp(attention, *x))(*operands)
         call, operands = jax.jit(lambda pull, g: pull(g)), [pullback, cotangent]
+    if case.group == "compile":
+        return {"compile_s": compile_s(call, operands)}
 
+    results = call(*operands)
+    names = ("out",) if case.direction == "fwd" else ("dq", "dk", "dv")
+    found = dict(zip(names, (results,) if case.direction == "fwd" else results, strict=True))
+    if case.direction == "bwd":
+        found["out"] = out
+    errors = check.errors(case, right, found)
+    line = {"error": check.worst(case, errors)} if errors else {}
+    if case.group == "accuracy":
+        return line | {f"error_{name}": error for name, error in errors.items()}
     timing.warm_up(call, *operands)
     kernel, wall = timing.kernel_ms(call, *operands), timing.wall_ms(call, *operands)
+    if case.group == "decode":
+        line["cache_tbs"] = sum(x.nbytes for x in operands[1:]) / (kernel or wall) / 1e9
     return line | {
         "kernel_ms": kernel,
         "wall_ms": wall,
@@ -98,18 +116,21 @@ def main() -> int:
     console.print(" · ".join(f"{key}: {value}" for key, value in about.items() if value), highlight=False)
 
     table = Table(
-        "case", *args.impl, *([f"{args.impl[0]} / {name}" for name in args.impl[1:]]), title="TFLOP/s (memory: MiB)"
+        "case",
+        *args.impl,
+        *([f"{args.impl[0]} / {name}" for name in args.impl[1:]]),
+        title="TFLOP/s (memory: MiB, compile: s, accuracy: relative error)",
     )
     failures = 0
     args.out.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with args.out.open("w") as out, Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(cases) * len(args.impl))
+        bar = progress.add_task("", total=len(cases) * len(args.impl))
         for case in cases:
             speeds: dict[str, float] = {}
             notes: dict[str, str] = {}
             for name in args.impl:
-                progress.update(task, description=f"{name}: {case}")
+                progress.update(bar, description=f"{name}: {case}")
                 line = {
                     "impl": name,
                     "group": case.group,
@@ -122,7 +143,9 @@ def main() -> int:
                 }
                 try:
                     line |= measure(case, name)
-                    speeds[name] = line.get("tflops", line.get("scratch_MiB"))
+                    speeds[name] = next(
+                        line[key] for key in ("tflops", "scratch_MiB", "compile_s", "error") if key in line
+                    )
                 except Skip as skip:
                     notes[name] = "-"
                     line["skipped"] = str(skip)
@@ -133,7 +156,7 @@ def main() -> int:
                     console.print(f"[red]{name}: {case}: {line['failed']}")
                 out.write(json.dumps(line | about) + "\n")
                 out.flush()
-                progress.advance(task)
+                progress.advance(bar)
             first = speeds.get(args.impl[0])
             ratios = [f"{first / speeds[name]:.2f}" if first and name in speeds else "" for name in args.impl[1:]]
             table.add_row(

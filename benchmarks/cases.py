@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import zlib
 from collections.abc import Iterator
 
@@ -14,6 +16,16 @@ TOKENS = 16384  # in all, whatever the length of a sequence
 WIDTH = 2048  # heads x head size
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 HEAD_DIMS = (64, 128, 256)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _random(seed: int, size: int, dtype, outliers: bool) -> jax.Array:
+    """Flat, so that the shapes of a grid share one program: drawing is most of what a cell would compile."""
+    kinds = jax.random.split(jax.random.key(seed), 3)
+    values = jax.random.normal(kinds[0], (size,), dtype)
+    if outliers:
+        values += 10 * jax.random.normal(kinds[1], (size,), dtype) * jax.random.bernoulli(kinds[2], 0.001, (size,))
+    return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Case:
     documents: int = 0  # sequences packed into one, told apart by segment ids
     feature: str = ""  # one more argument of flash_attention: see `arguments`
     precision: str = ""  # "fp8": quantised inside
+    outliers: bool = False  # a thousandth of query, key and value is ten times as large
 
     @property
     def flops(self) -> float:
@@ -55,11 +68,12 @@ class Case:
 
     def arrays(self) -> tuple[jax.Array, ...]:
         """Fresh random query, key, value and cotangent."""
-        keys = jax.random.split(jax.random.key(zlib.crc32(str(self).encode())), 4)
+        seed = zlib.crc32(str(self).encode()) % 2**30
         q = (self.batch, self.q_len, self.q_heads, self.head_dim)
         kv = (self.batch, self.kv_len, self.kv_heads, self.head_dim)
         return tuple(
-            jax.random.normal(key, shape, self.jax_dtype) for key, shape in zip(keys, (q, kv, kv, q), strict=True)
+            _random(seed + i, math.prod(shape), self.jax_dtype, self.outliers and i < 3).reshape(shape)
+            for i, shape in enumerate((q, kv, kv, q))
         )
 
     def segment_ids(self) -> jax.Array | None:
@@ -96,6 +110,7 @@ class Case:
             f"{self.documents} documents" if self.documents else "",
             self.feature,
             self.precision,
+            "outliers" if self.outliers else "",
         ]
         what = " ".join(extra for extra in extras if extra)
         return f"{self.direction} {self.dtype} D{self.head_dim} S{self.kv_len} heads {heads} {what}"
@@ -169,6 +184,13 @@ def named() -> dict[str, list[Case]]:
             for c in (False, True)
             for f in ("", "deterministic")
         ],
+        "accuracy": [
+            Case("accuracy", 1, s, s, 2, 2, dim, direction="bwd", causal=c, outliers=o)
+            for dim in HEAD_DIMS
+            for s, c in ((2048, False), (2048, True), (16384, True))
+            for o in (False, True)
+        ],
+        "compile": [Case("compile", 2, 2048, 2048, 8, 8, dim, "f16", d, True) for dim in HEAD_DIMS for d in both],
         "memory": [
             Case("memory", 1, t, t, 8, 8, 128, direction="bwd", causal=True) for t in (4096, 16384, 65536, 131072)
         ],

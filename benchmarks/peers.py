@@ -109,21 +109,3 @@ PEERS: dict[str, Callable[[Case], Attention]] = {
     "tokamax": tokamax,
     "flash_attn_jax": flash_attn_jax,
 }
-
-
-def exact(case: Case, q: jax.Array, k: jax.Array, v: jax.Array, rows: int = 128) -> jax.Array:
-    """Attention of the last `rows` queries of one (batch, head) in float32: what an answer is checked against."""
-    q, k, v = (x[0, :, 0].astype(jnp.float32) for x in (q[:, -rows:], k, v))
-    scores = jnp.einsum("th,sh->ts", q, k, precision="highest") * case.head_dim**-0.5
-    rows = q.shape[0]
-    position = jnp.arange(case.kv_len - rows, case.kv_len)[:, None]
-    key = jnp.arange(case.kv_len)[None, :]
-    visible = jnp.ones_like(scores, bool)
-    if case.causal or case.window is not None:
-        visible &= key <= position
-    if case.window is not None:
-        visible &= key >= position - case.window
-    if case.documents:
-        length = case.q_len // case.documents
-        visible &= key // length == position // length
-    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1) @ v

@@ -2,13 +2,16 @@
 
 A block of a page looks like
 
-    <!-- run: h200.jsonl grid fwd bf16 -->
+    <!-- run: h200-grid.jsonl grid fwd bf16 -->
     ...a table that this script writes...
     <!-- end -->
 
 and names a file of benchmarks/results, then what to show: `grid DIRECTION DTYPE` (speed by length and head size),
-`cases GROUP` (a line a case) or `train` (steps of benchmarks.train). `--check` writes nothing and fails where a page
-and its run disagree.
+`cases GROUP` (a line a case), `features` (what each costs), `accuracy` (errors beside cuDNN's), `decode` (beside a
+copy), `train` (steps of benchmarks.train) or `parallel` (of several devices). The pictures in docs/pictures are drawn
+from the same files. `--check` writes nothing and fails where a page and its run disagree.
+
+After a new run: copy its files over those in benchmarks/results, run this, look at the pages and pictures.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .report import LABELS, read
+from .report import LABELS, pictures, read
 
 ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- run: (\S+) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -44,7 +48,8 @@ def cell(rows: list[dict[str, Any]], **key: Any) -> str:
 
 
 def grid(rows: list[dict[str, Any]], direction: str, dtype: str) -> list[str]:
-    rows = [row for row in rows if row["dir"] == direction and row["dtype"] == dtype]
+    wanted = {"group": "grid", "dir": direction, "dtype": dtype}
+    rows = [row for row in rows if wanted.items() <= row.items()]
     lengths = sorted({row["S"] for row in rows})
     lines = [
         f"| TFLOP/s (x cuDNN) | {' | '.join(f'S {length}' for length in lengths)} |",
@@ -67,8 +72,42 @@ def cases(rows: list[dict[str, Any]], group: str) -> list[str]:
     return lines
 
 
+def features(rows: list[dict[str, Any]]) -> list[str]:
+    """Kernel time of each feature as a multiple of the plain call's."""
+    rows = [row for row in rows if row["group"] == "features" and row["impl"] == "jax_flash" and "tflops" in row]
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        feature = row["case"].split(" causal")[1].strip() or "plain"
+        times.setdefault(feature, {})[row["dir"]] = row["kernel_ms"]
+    lines = ["| one more argument | forward | backward |", "|---|---|---|"]
+    for feature, time in times.items():
+        cells = [
+            f"{time[way]:.3f} ms (x {time[way] / times['plain'][way]:.2f})" if way in time else "-"
+            for way in ("fwd", "bwd")
+        ]
+        lines.append(f"| {feature} | {' | '.join(cells)} |")
+    return lines
+
+
+def accuracy(rows: list[dict[str, Any]]) -> list[str]:
+    """Relative errors against float64, and in brackets the ratio to cuDNN's in the same run."""
+    rows = [row for row in rows if row["group"] == "accuracy"]
+    names = ["out", "dq", "dk", "dv"]
+    lines = [f"| relative error (x cuDNN's) | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        by_impl = {row["impl"]: row for row in rows if row["case"] == case}
+        cells = []
+        for name in names:
+            ours, theirs = (by_impl.get(impl, {}).get(f"error_{name}") for impl in ("jax_flash", "cudnn"))
+            cells.append(f"{ours:.1e}" + (f" ({ours / theirs:.2f})" if theirs else "") if ours else "-")
+        lines.append(f"| {case.removeprefix('bwd ')} | {' | '.join(cells)} |")
+    return lines
+
+
 def train(rows: list[dict[str, Any]]) -> list[str]:
     """Milliseconds a training step by sequence length, and how many times as fast ours is."""
+    one = {"group": "train", "parallel": "jit", "devices": 1}
+    rows = [row for row in rows if one.items() <= row.items()]
     names = [name for name in LABELS if any(row["impl"] == name for row in rows)]
     lines = [f"| ms a step | {' | '.join(LABELS[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
     for length in sorted({row["T"] for row in rows}):
@@ -87,6 +126,30 @@ def train(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def parallel(rows: list[dict[str, Any]]) -> list[str]:
+    """Data-parallel training steps, and the throughput as a multiple of one device's."""
+    rows = [row for row in rows if row["group"] == "train" and "step_ms" in row]
+    lines = ["| data parallel | devices | ms a step | tokens/s (x one device) |", "|---|---|---|---|"]
+    for row in rows:
+        (alone,) = (r for r in rows if (r["T"], r["parallel"], r["devices"]) == (row["T"], row["parallel"], 1))
+        speed = f"{row['tokens_s']:,.0f} ({row['tokens_s'] / alone['tokens_s']:.2f})"
+        lines.append(f"| {row['parallel']}, T {row['T']} | {row['devices']} | {row['step_ms']:.1f} | {speed} |")
+    return lines
+
+
+def decode(rows: list[dict[str, Any]]) -> list[str]:
+    """Bytes of the cache a second, beside a copy in the same run, and the time beyond the kernels."""
+    lines = ["| one token | TB/s | of a copy | kernel ms | wall ms |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row["group"] == "decode" and "cache_tbs" in row:
+            rate = f"{row['cache_tbs']:.2f} | {row['cache_tbs'] / row['copy_tbs']:.0%}"
+            lines.append(f"| {row['impl']} | {rate} | {row['kernel_ms']:.3f} | {row['wall_ms']:.3f} |")
+    return lines
+
+
+KINDS = {kind.__name__: kind for kind in (grid, cases, features, accuracy, train, parallel, decode)}
+
+
 def quoted(text: str) -> str:
     """The page with every block written anew."""
 
@@ -94,7 +157,7 @@ def quoted(text: str) -> str:
         start, name, what, end = match.groups()
         rows = read(RESULTS / name)
         kind, *arguments = what.split()
-        lines = {"grid": grid, "cases": cases, "train": train}[kind](rows, *arguments)
+        lines = KINDS[kind](rows, *arguments)
         return start + "\n".join(lines) + "\n" + origin(rows, name) + end
 
     return BLOCK.sub(block, text)
@@ -110,6 +173,10 @@ def main() -> int:
             print(f"{page.relative_to(ROOT)} disagrees with its run: python -m benchmarks.quote", file=sys.stderr)
         else:
             page.write_text(quoted(page.read_text()))
+    if not check:
+        for run in sorted(RESULTS.glob("*.jsonl")):
+            for picture in pictures(read(run), PICTURES):
+                print(f"picture: {picture.relative_to(ROOT)}")
     return int(check and bool(stale))
 
 

@@ -7,7 +7,10 @@ device, one sequence length after the other. `--parallel` takes all devices of t
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
+import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -15,6 +18,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -34,57 +38,66 @@ def cudnn(q, k, v, *, is_causal, **_):
     return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn")
 
 
-IMPLEMENTATIONS = {"jax_flash": attention_fn, "cudnn": cudnn, "xla": nnx.dot_product_attention}
+IMPLEMENTATIONS = {"jax_flash": attention_fn, "cudnn": cudnn, "flax": nnx.dot_product_attention}
 
 
-def measure(config: gpt.Config, batch: int, parallel: str, repeats: int) -> dict:
-    """One line of results: `batch` sequences a step, over all devices that the trainer takes."""
-    trainer = train.Trainer(config, steps=1000, parallel=parallel)
-    tokens = np.random.default_rng(0).integers(0, config.vocabulary, (batch, config.length + 1), np.int32)
-    state, tokens = trainer.spread(trainer.init()), trainer.shard(tokens)
-    start = time.perf_counter()
-    step = trainer.step.lower(state, tokens).compile()
-    compile_s = time.perf_counter() - start
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """`tokens` a step and device, by sequences of `length`, on the first `devices` of the machine."""
+
+    size: str
+    length: int
+    impl: str
+    parallel: str
+    devices: int
+    tokens: int
+
+    @property
+    def batch(self) -> int:
+        return self.devices * max(1, self.tokens // self.length)
+
+    def compiled(self, state: train.State):
+        """The trainer, its compiled step, the batch, and the seconds that compilation took; None: out of memory."""
+        config = dataclasses.replace(gpt.SIZES[self.size], length=self.length, attention_fn=IMPLEMENTATIONS[self.impl])
+        devices = jax.devices()[: self.devices]
+        trainer = train.Trainer(config, steps=1000, parallel=self.parallel, devices=devices)
+        tokens = np.random.default_rng(0).integers(0, config.vocabulary, (self.batch, self.length + 1), np.int32)
+        batch = trainer.shard(tokens)
+        start = time.perf_counter()
+        step = out_of_memory_is_none(lambda: trainer.step.lower(trainer.spread(state), batch).compile())
+        return trainer, step, batch, time.perf_counter() - start
+
+
+def out_of_memory_is_none(function):
+    try:
+        return function()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
+def measure(task: Task, state: train.State, trainer, step, batch, rounds: int = 3, repeats: int = 5) -> dict:
     memory = step.memory_analysis()
-    state, loss = step(state, tokens)
+    state = trainer.spread(jax.tree.map(jnp.copy, state))  # the step takes its argument's memory
+    state, loss = step(state, batch)
     loss = float(np.ravel(loss)[0])
-    rounds = []
-    for _ in range(5):
+    times = []
+    for _ in range(rounds):
         jax.block_until_ready(state)
         start = time.perf_counter()
         for _ in range(repeats):
-            state, _ = step(state, tokens)
+            state, _ = step(state, batch)
         jax.block_until_ready(state)
-        rounds.append((time.perf_counter() - start) / repeats)
-    seconds = statistics.median(rounds)
+        times.append((time.perf_counter() - start) / repeats)
+    seconds = statistics.median(times)
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "step_ms": seconds * 1e3,
-        "tokens_s": batch * config.length / seconds,
+        "tokens_s": task.batch * task.length / seconds,
         "GiB": (used + memory.temp_size_in_bytes) / 2**30,
         "loss": loss,
-        "compile_s": compile_s,
     }
-
-
-def picture(rows: list[dict], path: pathlib.Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, key, title in zip(axes, ("step_ms", "GiB"), ("ms a training step", "GiB a device"), strict=True):
-        for impl in IMPLEMENTATIONS:
-            points = sorted((row["T"], row[key]) for row in rows if row["impl"] == impl and key in row)
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=report.LABELS[impl], color=report.COLORS[impl])
-        axis.set_xscale("log", base=2)
-        axis.set(title=title, xlabel="sequence length", ylim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
 
 
 def main() -> int:
@@ -94,40 +107,40 @@ def main() -> int:
     parser.add_argument("--impl", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--tokens", type=int, default=32768, help="a step and device")
     parser.add_argument("--parallel", nargs="+", choices=["jit", "pmap"], default=["jit"])
-    parser.add_argument("--repeats", type=int, default=4, help="steps in each of five rounds")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1], help="data parallel over so many")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/train.jsonl"))
     parser.add_argument("--commit", default="", help="recorded with the results where git cannot tell it")
     args = parser.parse_args()
 
-    console, about, devices = Console(), report.machine(args.commit), len(jax.devices())
-    table = Table(
-        "T", "attention", "parallel", "ms a step", "tokens/s", "GiB", "loss", title=f"{args.size}, {devices} devices"
-    )
+    console, about = Console(), report.machine(args.commit)
+    columns = ("T", "attention", "parallel", "devices", "ms a step", "tokens/s", "GiB", "loss", "compile s")
+    table = Table(*columns, title=args.size)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
-    with args.out.open("w") as out:
+    state = train.Trainer(gpt.SIZES[args.size], steps=1000).init()
+    with args.out.open("w") as out, concurrent.futures.ThreadPoolExecutor() as pool:
         for length in args.lengths:
-            for impl in args.impl:
-                for parallel in args.parallel:
-                    config = dataclasses.replace(
-                        gpt.SIZES[args.size], length=length, attention_fn=IMPLEMENTATIONS[impl]
-                    )
-                    row = {"group": "train", "impl": impl, "T": length, "parallel": parallel, "devices": devices}
-                    try:
-                        row |= measure(config, devices * max(1, args.tokens // length), parallel, args.repeats)
-                    except jax.errors.JaxRuntimeError as error:
-                        if "RESOURCE_EXHAUSTED" not in str(error):
-                            raise
-                        row["failed"] = "out of memory"
-                    rows.append(row)
-                    out.write(json.dumps(row | about) + "\n")
-                    out.flush()
-                    figures = [
-                        f"{row[key]:,.4g}" if key in row else "-" for key in ("step_ms", "tokens_s", "GiB", "loss")
-                    ]
-                    table.add_row(str(length), impl, parallel, row.get("failed") or figures[0], *figures[1:])
+            tasks = [
+                Task(args.size, length, *which, args.tokens)
+                for which in itertools.product(args.impl, args.parallel, args.devices)
+            ]
+            compiled = list(pool.map(lambda task: task.compiled(state), tasks))
+            for task, (trainer, step, batch, compile_s) in zip(tasks, compiled, strict=True):
+                row = {"group": "train", "impl": task.impl, "T": length, "parallel": task.parallel}
+                row |= {"devices": task.devices, "compile_s": compile_s}
+                row |= (
+                    step and out_of_memory_is_none(functools.partial(measure, task, state, trainer, step, batch))
+                ) or {"failed": "out of memory"}
+                rows.append(row)
+                out.write(json.dumps(row | about) + "\n")
+                out.flush()
+                keys = ("step_ms", "tokens_s", "GiB", "loss", "compile_s")
+                figures = [f"{row[key]:,.4g}" if key in row else "-" for key in keys]
+                what = (str(length), task.impl, task.parallel, str(task.devices))
+                table.add_row(*what, row.get("failed") or figures[0], *figures[1:])
     console.print(table)
-    picture(rows, args.out.with_suffix(".png"))
+    for path in report.pictures(rows, args.out.parent):
+        console.print(f"picture: {path}")
     return 0
 
 

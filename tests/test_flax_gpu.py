@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_flash.flax import attention_fn
 from jax_flash.flax.nnx import MultiHeadAttention
@@ -77,3 +78,26 @@ def test_attention_fn_in_linen():
     mask = nn.make_causal_mask(X[..., 0])
     for apply in (ours.apply, jax.jit(ours.apply)):
         assert_close(apply(parameters, X, mask=mask), theirs.apply(parameters, X, mask=mask))
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("how", ["jit", "pmap"])
+def test_data_parallel_gradients_on_two_gpus(how):
+    definition, parameters = nnx.split(module("cuda", causal=True, num_kv_heads=2, rotary_base=1e4))
+
+    def gradients(parameters, x):
+        return jax.grad(lambda p: jnp.sin(nnx.merge(definition, p)(x).astype(jnp.float32)).mean())(parameters)
+
+    right = jax.jit(gradients)(parameters, X)
+    if how == "jit":
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+        ours = jax.jit(gradients)(
+            jax.device_put(parameters, NamedSharding(mesh, PartitionSpec())),
+            jax.device_put(X, NamedSharding(mesh, PartitionSpec("data"))),
+        )
+    else:
+        mean = jax.pmap(
+            lambda p, x: jax.lax.pmean(gradients(p, x), "data"), "data", in_axes=(None, 0), devices=jax.devices()[:2]
+        )
+        ours = jax.tree.map(lambda x: x[0], mean(parameters, X[:, None]))
+    jax.tree.map(assert_close, *jax.device_get((ours, right)))

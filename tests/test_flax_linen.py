@@ -9,6 +9,8 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
+import jax_flash
+from jax_flash import Fp8
 from jax_flash.flax import attention_fn, linen, rotary
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -160,6 +162,26 @@ def test_softcap_and_sinks():
     close(module.apply(variables, X), module.clone(attention_fn=exact).apply(variables, X))
     _, sown = module.apply(variables, X, sow_weights=True, mutable="intermediates")
     close(sown["intermediates"]["attention_weights"][0], seen["weights"])
+
+
+def test_fp8_attention():
+    options = {"num_heads": 4, "dtype": jnp.bfloat16, "causal": True, "num_kv_heads": 2}
+    parameters = linen.MultiHeadAttention(**options).init(jax.random.key(2), X)
+    ours, exact = (
+        linen.MultiHeadAttention(**options, **precision).apply(parameters, X).astype(jnp.float32)
+        for precision in ({"attention_precision": Fp8()}, {})
+    )
+    assert 1e-3 < jnp.linalg.norm(ours - exact) / jnp.linalg.norm(exact) < 0.1
+
+
+@pytest.mark.parametrize(("names", "saved"), [(jax_flash.SAVE_NAMES, 2), ((), 0)], ids=["saved", "recomputed"])
+def test_remat_saves_what_the_backward_kernel_reads(names, saved, capsys):
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    module = nn.remat(linen.MultiHeadAttention, policy=policy)(4, use_bias=False)
+    parameters = module.init(jax.random.key(2), X)
+    jax.ad_checkpoint.print_saved_residuals(lambda p: module.apply(p, X).sum(), parameters)
+    computed = [line for line in capsys.readouterr().out.splitlines() if "output of" in line]
+    assert len(computed) == saved  # beside arguments and constants
 
 
 def test_rotary():

@@ -1,0 +1,97 @@
+"""The benchmark tool: the answers it compares with are right, a wrong one is noticed, its lines can be quoted."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as tool
+from benchmarks import check, quote, report
+from benchmarks.cases import Case, named
+from benchmarks.peers import PEERS
+
+CASES = {
+    "full": Case("t", 2, 160, 160, 2, 2, 16, "f32", "bwd"),
+    "causal grouped": Case("t", 2, 160, 160, 4, 2, 16, "f32", "bwd", True),
+    "window": Case("t", 1, 160, 160, 2, 2, 16, "f32", "bwd", True, window=20),
+    "documents": Case("t", 1, 160, 160, 2, 2, 16, "f32", "bwd", True, documents=4),
+    "outliers": Case("t", 1, 160, 160, 2, 2, 16, "f32", "bwd", True, outliers=True),
+    "decode": Case("t", 2, 1, 160, 4, 2, 16, "f32"),
+}
+
+
+def results(case):
+    *operands, cotangent = case.arrays()
+    out, pullback = jax.vjp(PEERS["jax_flash"](case), *operands)
+    return dict(zip(("out", "dq", "dk", "dv"), (out, *pullback(cotangent)), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("rows", [128, 160])
+def test_right_answers_pass(case, rows):
+    right = check.exact(case, case.arrays(), rows)
+    found = check.errors(case, right, results(case))
+    keys_known = case.causal or rows == case.q_len
+    assert found.keys() == ({"out"} if case.direction == "fwd" else {"out", "dq", *(["dk", "dv"] * keys_known)})
+    assert check.worst(case, found) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["out", "dq", "dk", "dv"])
+@pytest.mark.parametrize("damage", [lambda x: x * 1.01, lambda x: x * np.nan], ids=["wrong", "nan"])
+def test_a_wrong_answer_is_noticed(name, damage):
+    case = CASES["causal grouped"]
+    answers = results(case)
+    answers[name] = damage(answers[name])
+    with pytest.raises(AssertionError, match=f"error of {name}"):
+        check.worst(case, check.errors(case, check.exact(case, case.arrays()), answers))
+
+
+def test_every_case_has_its_own_name():
+    for group, cases in named().items():
+        assert len({str(case) for case in cases}) == len(cases), group
+
+
+def test_lines_become_tables_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "named", lambda: {"grid": [CASES["full"]], "accuracy": list(CASES.values())[:2]})
+    monkeypatch.setattr(
+        "sys.argv", ["benchmarks", "grid", "--impl", "jax_flash", "xla", "--out", f"{tmp_path}/run.jsonl"]
+    )
+    assert tool.main() == 0
+    rows = report.read(tmp_path / "run.jsonl")
+    assert [row["impl"] for row in rows] == ["jax_flash", "xla"] and all(row["tflops"] > 0 for row in rows)
+
+    def line(impl, **fields):
+        origin = {"device": "a GPU", "date": "2026-01-01", "commit": "abc", "jax": "0.11.2", "matmul_tflops": 700}
+        return json.dumps({"impl": impl} | origin | fields)
+
+    grid = {"group": "grid", "dir": "fwd", "dtype": "bf16", "D": 64, "causal": 0, "S": 512, "case": "a"}
+    exact = {"group": "accuracy", "case": "bwd bf16 D64"}
+    plain = {"group": "features", "dir": "fwd", "case": "fwd D128 causal", "tflops": 1.0, "kernel_ms": 2.0}
+    step = {"group": "train", "T": 1024, "parallel": "jit", "devices": 1, "step_ms": 10.0, "GiB": 3.0}
+    lines = [
+        line("jax_flash", tflops=400.0, **grid),
+        line("cudnn", tflops=200.0, **grid),
+        line("jax_flash", error_out=1e-3, **exact),
+        line("cudnn", error_out=2e-3, **exact),
+        line("jax_flash", **plain),
+        line("jax_flash", **plain | {"case": "fwd D128 causal softcap", "kernel_ms": 3.0}),
+        line("jax_flash", **step),
+        line("flax", **step | {"step_ms": 20.0}),
+        line("jax_flash", group="decode", cache_tbs=3.6, copy_tbs=4.0, kernel_ms=0.3, wall_ms=0.31),
+        line("jax_flash", group="memory", S=4096, scratch_MiB=5.0),
+    ]
+    (tmp_path / "run.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(quote, "RESULTS", tmp_path)
+    shows = ("grid fwd bf16", "accuracy", "features", "train", "decode")
+    page = quote.quoted("\n".join(f"<!-- run: run.jsonl {what} -->\n<!-- end -->" for what in shows))
+    for figure in (
+        "400 (2.00)",
+        "1.0e-03 (0.50)",
+        "| softcap | 3.000 ms (x 1.50) |",
+        "20.0 (x 2.00, 3 GiB)",
+        "| 3.60 | 90% |",
+    ):
+        assert figure in page
+    drawn = report.pictures(report.read(tmp_path / "run.jsonl"), tmp_path)
+    assert {path.name for path in drawn} == {"fwd_bf16_speed.png", "fwd_bf16_ratios.png", "memory.png", "train.png"}
