@@ -79,10 +79,10 @@ struct DeltaPass {
   void Run(const Launch& launch, float* dq_sums, int sums_size) const {
     const Problem& problem = launch.call.problem;
     const Buffers& buffers = launch.buffers;
-    launch.Run(
-        kernel, {{static_cast<unsigned>(problem.batch) * problem.q_heads, CeilDiv(padded_len, kDeltaRows)}},
-        DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
-                  launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len, dq_sums, sums_size});
+    launch.Run(kernel, {{static_cast<unsigned>(problem.batch) * problem.q_heads, CeilDiv(padded_len, kDeltaRows)}},
+               DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
+                         launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len, dq_sums, sums_size,
+                         nullptr});
   }
 };
 

@@ -35,6 +35,14 @@ bool BlocksOwnDq(const Call& call, int queries) {
   return pairs * 10 >= rounds * kMultiprocessors * 9 && bytes <= 20ll << 20;
 }
 
+// Blocks that go from key tile to key tile hide the start and the end of each; with many steps a tile they gain nothing
+// and read less in step with one another, which costs L2 hits.
+bool BlocksStay(const Call& call, int queries) {
+  const Problem& problem = call.problem;
+  const unsigned steps = CeilDiv(problem.q_len, queries) * (problem.q_heads / problem.kv_heads);
+  return !HasScoreFeatures(call.spec) && steps <= (queries == 128 ? 16u : 8u);
+}
+
 // (batch entry, key head) pairs in a section: what they read and add to at a time, one head of a group after the other,
 // stays in the L2. A power of two, of which the number of pairs mostly is a multiple: a small last section would start
 // the longest key tiles of causal attention when the GPU has little else left. Limits by measurement.
@@ -52,7 +60,7 @@ Sm90BackwardTiles ChooseTiles(const Call& call) {
   const bool small = spec.head_dim <= 64 && spec.value_dim <= 64 && !HasScoreFeatures(spec);
   Sm90BackwardTiles tiles{small ? 128 : 64, 128, 1, 2, 2, false};
   tiles.own_dq = small && BlocksOwnDq(call, tiles.queries);
-  if (tiles.own_dq) tiles.kv_stages = 2;
+  if (tiles.own_dq || BlocksStay(call, tiles.queries)) tiles.kv_stages = 2;
   return tiles;
 }
 
@@ -79,7 +87,10 @@ Planned PlanSm90Backward(const Call& call) {
   const int head_tile = Sm90BackwardTileSize(spec, spec.head_dim);
   const bool wide = Sm90BackwardIsWide(spec);
   const Sm90BackwardTiles tiles = ChooseTiles(call);
-  if (spec.deterministic && !tiles.own_dq) return Refusal{"the sm90 backward has no deterministic variant"};
+  const bool takes_turns = spec.deterministic && !tiles.own_dq;
+  if (takes_turns && spec.segment_ids)
+    return Refusal{"the sm90 backward takes no turns where segment ids cut the band"};
+  if (takes_turns && spec.softcap) return Refusal{"the sm90 backward has no registers for turns with softcap"};
 
   Plan plan{"sm90_backward"};
   const int key_tiles = CeilDiv(problem.kv_len, tiles.keys), q_tiles = CeilDiv(problem.q_len, tiles.queries);
@@ -111,11 +122,18 @@ Planned PlanSm90Backward(const Call& call) {
   const long long acc_heads = tiles.own_dq ? std::min<long long>(kMultiprocessors, pairs) * group : pairs * group;
   const size_t lse_log2 = plan.AddScratch(rows * sizeof(float)), delta = plan.AddScratch(rows * sizeof(float));
   const size_t dq_sums = plan.AddScratch(static_cast<size_t>(acc_heads) * padded_len * head_tile * sizeof(float));
+  const size_t counter = plan.AddScratch(sizeof(int));
+  const size_t turn_bytes = takes_turns ? static_cast<size_t>(pairs) * group * q_tiles * sizeof(int) : 0;
+  const size_t turns = plan.AddScratch(turn_bytes);
   const int section = SectionOf(call, pairs);
-  const unsigned blocks = tiles.own_dq ? std::min<long long>(kMultiprocessors, pairs) : pairs * key_tiles;
+  const bool persistent = tiles.kv_stages == 2;
+  const long long items = tiles.own_dq ? pairs : pairs * key_tiles;
+  const unsigned blocks = persistent ? std::min<long long>(kMultiprocessors, items) : items;
   plan.facts = {{"tile", std::to_string(tiles.queries) + " x " + std::to_string(tiles.keys)},
                 {"blocks", std::to_string(blocks)},
-                {"dq", tiles.own_dq ? "one block per batch entry and key head" : "added up in float32"}};
+                {"dq", tiles.own_dq  ? "one block per batch entry and key head"
+                       : takes_turns ? "added up in float32, in turn"
+                                     : "added up in float32"}};
 
   const Extent support_grid{static_cast<unsigned>(pairs) * group, static_cast<unsigned>(row_blocks)};
   plan.launch = [=](const Launch& launch) {
@@ -128,20 +146,23 @@ Planned PlanSm90Backward(const Call& call) {
     };
     const unsigned queries = tiles.queries, keys = tiles.keys, out_keys = wide ? keys : 64;
     const SegmentTiles segment_tiles = segments.Run(launch);
-    launch.Run(first, {support_grid},
-               DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
-                         launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len,
-                         tiles.own_dq ? nullptr : launch.Scratch<float>(dq_sums), head_tile});
-    launch.Run(first + 1, {{blocks}, {}, true},
-               Sm90BackwardArgs{
-                   map(buffers.q, problem.q_batch.mod, problem.q_len, problem.q_heads, spec.head_dim, queries),
-                   map(buffers.dout, problem.batch, problem.q_len, problem.q_heads, spec.value_dim, queries),
-                   map(buffers.k, problem.k_batch.mod, problem.kv_len, problem.kv_heads, spec.head_dim, keys),
-                   map(buffers.v, problem.v_batch.mod, problem.kv_len, problem.kv_heads, spec.value_dim, keys),
-                   map(buffers.dk, problem.batch, problem.kv_len, problem.kv_heads, spec.head_dim, out_keys),
-                   map(buffers.dv, problem.batch, problem.kv_len, problem.kv_heads, spec.value_dim, out_keys), problem,
-                   launch.features, segment_tiles, launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta),
-                   launch.Scratch<float>(dq_sums), buffers.dq, key_tiles, q_tiles, section});
+    if (takes_turns) launch.Zero(launch.Scratch<int>(turns), turn_bytes);
+    launch.Run(
+        first, {support_grid},
+        DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
+                  launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len,
+                  tiles.own_dq ? nullptr : launch.Scratch<float>(dq_sums), head_tile, launch.Scratch<int>(counter)});
+    launch.Run(
+        first + 1, {{blocks}, {}, true},
+        Sm90BackwardArgs{map(buffers.q, problem.q_batch.mod, problem.q_len, problem.q_heads, spec.head_dim, queries),
+                         map(buffers.dout, problem.batch, problem.q_len, problem.q_heads, spec.value_dim, queries),
+                         map(buffers.k, problem.k_batch.mod, problem.kv_len, problem.kv_heads, spec.head_dim, keys),
+                         map(buffers.v, problem.v_batch.mod, problem.kv_len, problem.kv_heads, spec.value_dim, keys),
+                         map(buffers.dk, problem.batch, problem.kv_len, problem.kv_heads, spec.head_dim, out_keys),
+                         map(buffers.dv, problem.batch, problem.kv_len, problem.kv_heads, spec.value_dim, out_keys),
+                         problem, launch.features, segment_tiles, launch.Scratch<float>(lse_log2),
+                         launch.Scratch<float>(delta), launch.Scratch<float>(dq_sums), buffers.dq,
+                         launch.Scratch<int>(counter), launch.Scratch<int>(turns), key_tiles, q_tiles, section});
     if (!tiles.own_dq) {
       launch.Run(first + 2, {support_grid, {}, true},
                  DqArgs{launch.Scratch<float>(dq_sums), buffers.dq, problem.q_len, problem.q_heads, padded_len,

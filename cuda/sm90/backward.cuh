@@ -7,9 +7,12 @@
 // dk and dv stay in registers. Blocks come in sections of (batch entry, key head) pairs, the first keys of all pairs of
 // a section first. dq leaves as fp32 additions to global memory, in the order of the registers (support/dq.cuh puts it
 // right); the sums were cleared by support/delta.cuh. With own_dq a block walks all keys of a pair, one key tile after
-// the other: the first stores, the last adds, converts and writes dq, and nothing needs clearing or converting.
+// the other: the first stores, the last adds, converts and writes dq, and nothing needs clearing or converting. With
+// two stages of K and V a block stays and draws its next key tile from a counter. A deterministic kernel draws every
+// tile from it, and the tiles add to a query tile's dq in the order in which they were drawn.
 //
-// Roles: warpgroup 0 loads (one thread, TMA); warpgroups 1 and 2 have 64 keys each and compute, for every query tile,
+// Roles: warpgroup 0 loads (one thread, TMA; if deterministic, one more waits for turns, one passes them on);
+// warpgroups 1 and 2 have 64 keys each and compute, for every query tile,
 //   S^T = K Q^T and dP^T = V dO^T     operands in shared memory
 //   dV += P^T dO and dK += dS^T Q     P^T and dS^T from registers: an accumulator is an A operand
 //   dQ = dS K                         dS^T of both warpgroups from shared memory; half of dQ each
@@ -27,10 +30,16 @@
 //   q_free        one thread a warpgroup, after dK     producer
 //   dout_full     producer + bytes                     consumers, before dP^T
 //   dout_free     one thread a warpgroup, after dV     producer
+// deterministic, for every other step:
+//   turn_came     the thread that awaits the flag      consumers, before they add dQ
+//   turn_used     consumers, after they added dQ       the thread that passes the flag on
+//   turn_passed   the thread that passes the flag on   the one that awaits it, two steps on
+// and both of these threads arrive at kv_free, having read what the slot's work is.
 // Named barriers: kAllConsumers between writing dS^T and reading the other's; kWarpgroup + g before a store by TMA.
 //
-// Registers: 168 a thread at launch; 24 for the producer, 240 for the consumers (dk, dv 64 + 64, S^T, dP^T 32 + 32 or
-// 64 + 64, P^T and dS^T as operands 16 + 16 or 32 + 32 once the former are spent; dq takes the place of S^T).
+// Registers: 168 a thread at launch; 24 for the producer, 240 for the consumers, or 40 and 232 where the former does
+// more than to load one key tile (dk, dv 64 + 64, S^T, dP^T 32 + 32 or 64 + 64, P^T and dS^T as operands 16 + 16 or 32
+// + 32 once the former are spent; dq takes the place of S^T).
 //
 // Numerics: fp32 throughout but for P and dS, rounded to the operands' type. Rows that see nothing come with lse_log2 =
 // +inf and give p = 0. What lies past a length may be NaN: it is cleared in shared memory. Limits: float16 and
@@ -69,6 +78,24 @@ JF_DEVICE void store_accumulator(u32 tile, int atom_bytes, int row0, const float
   }
 }
 
+JF_DEVICE void store_dq(const Sm90BackwardArgs& args, const float (&dq)[32], const KeyTile& tile, int head, int row,
+                        int column) {
+  const Problem& p = args.problem;
+  u32* out = static_cast<u32*>(args.dq);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    if (row + 8 * half >= p.q_len) break;
+    const long long base =
+        ((static_cast<long long>(tile.batch) * p.q_len + row + 8 * half) * p.q_heads + head) * kSpec.head_dim;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (column + 8 * i >= kSpec.head_dim) break;
+      out[(base + column + 8 * i) / 2] =
+          pack<kSpec.dtype>(dq[4 * i + 2 * half] * p.scale, dq[4 * i + 2 * half + 1] * p.scale);
+    }
+  }
+}
+
 JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
   const Problem& p = args.problem;
   const int g = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, thread = threadIdx.x % 128, warp = thread / 32;
@@ -81,7 +108,11 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
   Ring<kStages> ring;
   u32 step = 0;
 
-  for_each_key_tile(args, [&](const KeyTile& tile) {
+  do {
+    barrier_wait(barrier_of(shared.kv_full, kv.slot), kv.parity);
+    const int work = work_in(shared, kv.slot);
+    if (work < 0) return;
+    const KeyTile tile = key_tile_of(args, work);
     const int key0 = tile.index * kKeys;
     const u32 k_tile = shared_address(shared.k[kv.slot]), v_tile = shared_address(shared.v[kv.slot]);
     const u64 k_rows = descriptor_k_major(k_tile + g * 8192), v_rows = descriptor_k_major(v_tile + g * 8192);
@@ -90,7 +121,6 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     for (int i = 0; i < kHead / 2; i++) dk[i] = 0.f;
 #pragma unroll
     for (int i = 0; i < kValue / 2; i++) dv[i] = 0.f;
-    barrier_wait(barrier_of(shared.kv_full, kv.slot), kv.parity);
     if constexpr (kSpec.kv_lengths) {
       if (key0 + kKeys > tile.band.kv_end) {
         clear_rows<kKeys, kHeadAtoms>(shared.k[kv.slot], tile.band.kv_end - key0);
@@ -210,18 +240,26 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       const int last_key = kOwnDq ? tile.band.keys_of(query0, kQueries).end - 1 : 0;
       const DqSum sum{args.dq_sums + ((dq_head * args.q_tiles + m) * kDqBlocks + dq_block0) * 512 + thread * 4,
                       kDqBlocks - dq_block0, tile.index == 0, tile.index == last_key / kKeys};
-      if (kOwnDq && sum.last) {
-        float earlier[32];
-        sum.load_earlier(earlier);
-        wgmma_wait<1>();
-        pin(dq);
+      bool finished = false;
+      if constexpr (kOwnDq) {
+        finished = sum.last;
+        if (finished) {
+          float earlier[32];
+          sum.load_earlier(earlier);
+          wgmma_wait<1>();
+          pin(dq);
 #pragma unroll
-        for (int i = 0; i < 32; i++) dq[i] += earlier[i];
-        store_dq(args, dq, tile, head, query0 + dq_query0 + warp * 16 + lane_id() / 4, dq_element0 + lane_id() % 4 * 2);
-      } else {
+          for (int i = 0; i < 32; i++) dq[i] += earlier[i];
+          store_dq(args, dq, tile, head, query0 + dq_query0 + warp * 16 + lane_id() / 4,
+                   dq_element0 + lane_id() % 4 * 2);
+        }
+      }
+      if (!finished) {
         wgmma_wait<1>();
         pin(dq);
+        if constexpr (kTurns) barrier_wait(barrier_of(shared.turn_came, step & 1), step >> 1 & 1);
         sum.add(dq);
+        if constexpr (kTurns) barrier_arrive(barrier_of(shared.turn_used, step & 1));
       }
       wgmma_wait<0>();
       pin(dk);
@@ -247,7 +285,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       barrier_arrive(barrier_of(shared.kv_free, kv.slot));
     }
     kv.advance();
-  });
+  } while (kPersistent);
 }
 
 }  // namespace jf
@@ -260,8 +298,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) sm90_backward(const __grid_
   __syncthreads();
   dependency_wait();  // lse_log2, delta and the cleared dq_sums come from the kernel ahead
   if (threadIdx.x < 128) {
-    registers_release<kProducerRegisters>();
-    if (threadIdx.x == 0) produce(args, shared);
+    serve(args, shared);
   } else {
     registers_acquire<kConsumerRegisters>();
     consume(args, shared);

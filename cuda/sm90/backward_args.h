@@ -25,6 +25,8 @@ struct Sm90BackwardArgs {
   const float* delta;
   float* dq_sums;  // see support/dq.cuh; own_dq: room for the heads of one block after the other
   void* dq;        // own_dq: [batch, q_len, q_heads, head_dim]
+  int* counter;    // 0 at launch
+  int* turns;      // deterministic: [batch, q_heads, q_tiles], 0 at launch
   int key_tiles, q_tiles;
   int section;  // (batch entry, key head) pairs whose key tiles are interleaved: what they read shares the L2
 };
@@ -47,9 +49,10 @@ constexpr JF_HOST_DEVICE int Sm90BackwardSharedBytes(const Spec& spec, const Sm9
   const int keys = tiles.kv_stages * tiles.keys * (head_row + value_row);
   const int queries =
       tiles.queries * (tiles.q_stages * (head_row + 4) + tiles.dout_stages * (value_row + 4));  // 4: lse_log2, delta
-  const int barriers = 16 * (tiles.kv_stages + tiles.q_stages + tiles.dout_stages);
+  const int work = (tiles.kv_stages + 1) / 2 * 8;
+  const int barriers = 16 * (tiles.kv_stages + tiles.q_stages + tiles.dout_stages + 3);
   const int scores = (Sm90BackwardIsWide(spec) ? 4 : 2 * tiles.queries / 64) * tiles.keys * 128;  // P and dS, or dS
-  return (keys + queries + barriers + 1023) / 1024 * 1024 + scores;
+  return (keys + queries + work + barriers + 1023) / 1024 * 1024 + scores;
 }
 
 }  // namespace jf

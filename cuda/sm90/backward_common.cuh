@@ -12,11 +12,20 @@ namespace jf {
 constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys;
 constexpr int kKvStages = kTiles.kv_stages, kQStages = kTiles.q_stages, kDoutStages = kTiles.dout_stages;
 constexpr bool kOwnDq = kTiles.own_dq;
+// A second slot for K and V lets blocks go from work item to work item; with one there is a block for each.
+constexpr bool kPersistent = kKvStages == 2;
+static_assert(kPersistent || !kOwnDq);
+// Key tiles add to a query tile's dq in turn, in a fixed order: the one that reaches it first goes first. Blocks draw
+// key tiles in that order too, so that nobody waits for work that has not been drawn.
+constexpr bool kTurns = kSpec.deterministic && !kOwnDq;
+static_assert(!kTurns || !kSpec.segment_ids);  // turn_of counts every key tile of the band
+constexpr bool kLastKeysFirst = kTurns && (kSpec.causal || kSpec.window_right);
 constexpr int kHead = Sm90BackwardTileSize(kSpec, kSpec.head_dim),
               kValue = Sm90BackwardTileSize(kSpec, kSpec.value_dim);
 constexpr int kHeadAtoms = (kHead + 63) / 64, kValueAtoms = (kValue + 63) / 64;  // of 64 elements: 128 bytes a row
 constexpr int kDqBlocks = kQueries / 64 * (kHead / 8);                           // of 64 queries x 8 elements
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+constexpr int kProducerRegisters = kPersistent || kTurns ? 40 : 24,
+              kConsumerRegisters = kPersistent || kTurns ? 232 : 240;
 static_assert(kProducerRegisters + 2 * kConsumerRegisters == 3 * (65536 / 384 / 8 * 8));
 
 enum NamedBarrier { kAllConsumers = 1, kWarpgroup = 2 };  // kWarpgroup + g
@@ -27,8 +36,10 @@ struct alignas(1024) Rings {
   unsigned char q[kQStages][kHeadAtoms * kQueries * 128];
   unsigned char dout[kDoutStages][kValueAtoms * kQueries * 128];
   float lse_log2[kQStages][kQueries], delta[kDoutStages][kQueries];
+  int work[kKvStages];  // what the slot of K and V holds, or -1: the end
   u64 kv_full[kKvStages], kv_free[kKvStages];
   u64 q_full[kQStages], q_free[kQStages], dout_full[kDoutStages], dout_free[kDoutStages];
+  u64 turn_came[2], turn_used[2], turn_passed[2];  // of every other step
 };
 
 JF_DEVICE u32 barrier_of(const u64* barriers, u32 slot) { return shared_address(barriers) + 8 * slot; }
@@ -38,11 +49,14 @@ JF_DEVICE void init_rings(Rings& rings) {
     for (int i = 0; i < count; i++) barrier_init(barrier_of(barriers, i), arrivals);
   };
   init(rings.kv_full, kKvStages, 1);
-  init(rings.kv_free, kKvStages, 2);
+  init(rings.kv_free, kKvStages, kTurns ? 4 : 2);
   init(rings.q_full, kQStages, 1);
   init(rings.q_free, kQStages, 2);
   init(rings.dout_full, kDoutStages, 1);
   init(rings.dout_free, kDoutStages, 2);
+  init(rings.turn_came, 2, 1);
+  init(rings.turn_used, 2, 256);
+  init(rings.turn_passed, 2, 1);
   barrier_init_fence();
 }
 
@@ -69,31 +83,43 @@ struct KeyTile {
   Range query_tiles;
 };
 
-JF_DEVICE KeyTile key_tile_of(const Sm90BackwardArgs& args, int pair, int index) {
+// Work item `work`, in the order in which blocks draw them: sections of pairs, inside one the first keys first, which
+// causal attention shows to most queries. own_dq: all key tiles of one pair after the other.
+JF_DEVICE KeyTile key_tile_of(const Sm90BackwardArgs& args, int work) {
+  const int pairs = args.problem.batch * args.problem.kv_heads, section = kOwnDq ? 1 : args.section;
+  const int first = work / (section * args.key_tiles) * section, width = min(section, pairs - first);
+  const int rest = work - first * args.key_tiles, pair = first + rest % width;
   KeyTile tile;
   tile.batch = pair / args.problem.kv_heads;
   tile.kv_head = pair % args.problem.kv_heads;
-  tile.index = index;
+  tile.index = kLastKeysFirst ? args.key_tiles - 1 - rest / width : rest / width;
   tile.band = band_of(args.problem, args.features, tile.batch);
-  tile.query_tiles = tiles_of(tile.band.queries_of(index * kKeys, kKeys), kQueries);
+  tile.query_tiles = tiles_of(tile.band.queries_of(tile.index * kKeys, kKeys), kQueries);
   if constexpr (kSpec.segment_ids) {
-    tile.query_tiles = meet(tile.query_tiles, args.segments.query_tiles[tile.batch * args.key_tiles + index]);
+    tile.query_tiles = meet(tile.query_tiles, args.segments.query_tiles[tile.batch * args.key_tiles + tile.index]);
   }
   return tile;
 }
 
-template <class Visit>
-JF_DEVICE void for_each_key_tile(const Sm90BackwardArgs& args, Visit visit) {
-  const int pairs = args.problem.batch * args.problem.kv_heads, block = blockIdx.x;
+// The producer's: this block's first item of work, and the one after `work`, -1 if there is none.
+JF_DEVICE int first_work(const Sm90BackwardArgs& args) {
+  if constexpr (kTurns) return atomicAdd(args.counter, 1);
+  return kOwnDq ? blockIdx.x * args.key_tiles : blockIdx.x;
+}
+JF_DEVICE int next_work(const Sm90BackwardArgs& args, int work) {
+  int next = -1;
   if constexpr (kOwnDq) {
-    for (int pair = block; pair < pairs; pair += gridDim.x) {
-      for (int index = 0; index < args.key_tiles; index++) visit(key_tile_of(args, pair, index));
-    }
-  } else {  // sections of pairs; inside one the first keys, which causal attention shows to most queries, come first
-    const int first = block / (args.section * args.key_tiles) * args.section, width = min(args.section, pairs - first);
-    const int rest = block - first * args.key_tiles;
-    visit(key_tile_of(args, first + rest % width, rest / width));
+    next = work + 1;
+    if (next % args.key_tiles == 0) next += (gridDim.x - 1) * args.key_tiles;
+  } else if constexpr (kPersistent) {
+    next = (kTurns ? 0 : gridDim.x) + atomicAdd(args.counter, 1);
   }
+  return next < args.problem.batch * args.problem.kv_heads * args.key_tiles ? next : -1;
+}
+
+// Everyone else's: what lies in a slot of K and V that is full.
+JF_DEVICE int work_in(const Rings& shared, u32 slot) {
+  return kPersistent || kTurns ? shared.work[slot] : static_cast<int>(blockIdx.x);
 }
 
 template <class Visit>
@@ -115,9 +141,16 @@ JF_DEVICE void produce(const Sm90BackwardArgs& args, Rings& shared) {
   Ring<kKvStages> kv;
   Ring<kQStages> q;
   Ring<kDoutStages> dout;
-  for_each_key_tile(args, [&](const KeyTile& tile) {
+  int work = first_work(args);
+  do {
     const u32 kv_full = barrier_of(shared.kv_full, kv.slot);
     barrier_wait(barrier_of(shared.kv_free, kv.slot), kv.parity ^ 1);
+    shared.work[kv.slot] = work;
+    if (work < 0) {
+      barrier_arrive(kv_full);
+      return;
+    }
+    const KeyTile tile = key_tile_of(args, work);
     barrier_arrive_expect(kv_full, sizeof shared.k[0] + sizeof shared.v[0]);
     load_tile(shared_address(shared.k[kv.slot]), args.k, kv_full, kHeadAtoms, kKeys, tile.kv_head, tile.index * kKeys,
               p.k_batch(tile.batch));
@@ -140,7 +173,63 @@ JF_DEVICE void produce(const Sm90BackwardArgs& args, Rings& shared) {
       q.advance();
       dout.advance();
     });
+    work = next_work(args, work);
+  } while (kPersistent);
+}
+
+// ---- Turns: two more threads
+
+JF_DEVICE int turn_of(const KeyTile& tile, int m) {
+  const Range key_tiles = tiles_of(tile.band.keys_of(m * kQueries, kQueries), kKeys);
+  return kLastKeysFirst ? key_tiles.end - 1 - tile.index : tile.index - key_tiles.begin;
+}
+
+// Visits the steps of the key tiles that the producer has drawn.
+template <class Visit>
+JF_DEVICE void follow_work(const Sm90BackwardArgs& args, Rings& shared, Visit visit) {
+  Ring<kKvStages> kv;
+  do {
+    barrier_wait(barrier_of(shared.kv_full, kv.slot), kv.parity);
+    const int work = work_in(shared, kv.slot);
+    if (work < 0) return;
+    const KeyTile tile = key_tile_of(args, work);
+    for_each_step(args, tile, [&](int head, int m) {
+      int* flag = args.turns + (static_cast<long long>(tile.batch) * args.problem.q_heads + head) * args.q_tiles + m;
+      visit(flag, turn_of(tile, m));
+    });
+    barrier_arrive(barrier_of(shared.kv_free, kv.slot));
+    kv.advance();
+  } while (kPersistent);
+}
+
+JF_DEVICE void await_turns(const Sm90BackwardArgs& args, Rings& shared) {
+  Ring<2> ring;
+  follow_work(args, shared, [&](const int* flag, int turn) {
+    barrier_wait(barrier_of(shared.turn_passed, ring.slot), ring.parity ^ 1);
+    await_flag(flag, turn);
+    barrier_arrive(barrier_of(shared.turn_came, ring.slot));
+    ring.advance();
   });
+}
+
+JF_DEVICE void pass_turns(const Sm90BackwardArgs& args, Rings& shared) {
+  Ring<2> ring;
+  follow_work(args, shared, [&](int* flag, int turn) {
+    barrier_wait(barrier_of(shared.turn_used, ring.slot), ring.parity);
+    pass_flag(flag, turn + 1);
+    barrier_arrive(barrier_of(shared.turn_passed, ring.slot));
+    ring.advance();
+  });
+}
+
+// Everything warpgroup 0 does.
+JF_DEVICE void serve(const Sm90BackwardArgs& args, Rings& shared) {
+  registers_release<kProducerRegisters>();
+  if (threadIdx.x == 0) produce(args, shared);
+  if constexpr (kTurns) {
+    if (threadIdx.x == 32) await_turns(args, shared);
+    if (threadIdx.x == 64) pass_turns(args, shared);
+  }
 }
 
 // ---- Consumers
@@ -194,23 +283,5 @@ struct DqSum {
     }
   }
 };
-
-JF_DEVICE void store_dq(const Sm90BackwardArgs& args, const float (&dq)[32], const KeyTile& tile, int head, int row,
-                        int column) {
-  const Problem& p = args.problem;
-  u32* out = static_cast<u32*>(args.dq);
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    if (row + 8 * half >= p.q_len) break;
-    const long long base =
-        ((static_cast<long long>(tile.batch) * p.q_len + row + 8 * half) * p.q_heads + head) * kSpec.head_dim;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      if (column + 8 * i >= kSpec.head_dim) break;
-      out[(base + column + 8 * i) / 2] =
-          pack<kSpec.dtype>(dq[4 * i + 2 * half] * p.scale, dq[4 * i + 2 * half + 1] * p.scale);
-    }
-  }
-}
 
 }  // namespace jf

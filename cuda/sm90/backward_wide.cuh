@@ -47,189 +47,189 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
   Ring<kDoutStages> dout_ring;
   u32 step = 0;
 
-  for_each_key_tile(args, [&](const KeyTile& tile) {
-    const int key0 = tile.index * kKeys;
-    const u32 k_tile = shared_address(shared.k[0]), v_tile = shared_address(shared.v[0]);
-    const u64 k_rows = descriptor_k_major(k_tile + g * kKeys * 64),
-              v_rows = descriptor_k_major(v_tile + g * kKeys * 64);
-    const u64 k_columns = descriptor_mn_major(k_tile + g * kHeadBlocks * kKeys * 128, 0);
+  barrier_wait(barrier_of(shared.kv_full, 0), 0);
+  const KeyTile tile = key_tile_of(args, work_in(shared, 0));
+  const int key0 = tile.index * kKeys;
+  const u32 k_tile = shared_address(shared.k[0]), v_tile = shared_address(shared.v[0]);
+  const u64 k_rows = descriptor_k_major(k_tile + g * kKeys * 64), v_rows = descriptor_k_major(v_tile + g * kKeys * 64);
+  const u64 k_columns = descriptor_mn_major(k_tile + g * kHeadBlocks * kKeys * 128, 0);
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; i++) {
+  for (int i = 0; i < kKeys / 2; i++) {
 #pragma unroll
-      for (int x = 0; x < kHeadBlocks; x++) dk[x][i] = 0.f;
+    for (int x = 0; x < kHeadBlocks; x++) dk[x][i] = 0.f;
 #pragma unroll
-      for (int x = 0; x < kValueBlocks; x++) dv[x][i] = 0.f;
-    }
-    // dK^T += Q^T dS of a step. The one before the first has dS = 0.
-    auto issue_dk = [&](u32 of, u32 q_slot) {
-      const u64 q_columns = descriptor_mn_major(shared_address(shared.q[q_slot]) + g * kHeadBlocks * kQueries * 128, 0);
-      const u64 ds_rows = descriptor_k_major(shared_address(shared.ds[of & 1]));
+    for (int x = 0; x < kValueBlocks; x++) dv[x][i] = 0.f;
+  }
+  // dK^T += Q^T dS of a step. The one before the first has dS = 0.
+  auto issue_dk = [&](u32 of, u32 q_slot) {
+    const u64 q_columns = descriptor_mn_major(shared_address(shared.q[q_slot]) + g * kHeadBlocks * kQueries * 128, 0);
+    const u64 ds_rows = descriptor_k_major(shared_address(shared.ds[of & 1]));
 #pragma unroll
-      for (int x = 0; x < kHeadBlocks; x++) {
+    for (int x = 0; x < kHeadBlocks; x++) {
 #pragma unroll
-        for (int i = 0; i < kQueries / 16; i++) {
-          wgmma<kSpec.dtype, true, false>(dk[x], advance(q_columns, x * kQueries * 128 + i * 2048),
-                                          advance(ds_rows, i * 32), true);
-        }
+      for (int i = 0; i < kQueries / 16; i++) {
+        wgmma<kSpec.dtype, true, false>(dk[x], advance(q_columns, x * kQueries * 128 + i * 2048),
+                                        advance(ds_rows, i * 32), true);
       }
-      wgmma_commit();
-    };
-    auto pin_dk = [&] {
+    }
+    wgmma_commit();
+  };
+  auto pin_dk = [&] {
 #pragma unroll
-      for (int x = 0; x < kHeadBlocks; x++) pin(dk[x]);
-    };
-    barrier_wait(barrier_of(shared.kv_full, 0), 0);
-    if constexpr (kSpec.kv_lengths) {
-      if (key0 + kKeys > tile.band.kv_end) {
-        clear_rows<kKeys, kHeadAtoms>(shared.k[0], tile.band.kv_end - key0);
-        clear_rows<kKeys, kValueAtoms>(shared.v[0], tile.band.kv_end - key0);
+    for (int x = 0; x < kHeadBlocks; x++) pin(dk[x]);
+  };
+  if constexpr (kSpec.kv_lengths) {
+    if (key0 + kKeys > tile.band.kv_end) {
+      clear_rows<kKeys, kHeadAtoms>(shared.k[0], tile.band.kv_end - key0);
+      clear_rows<kKeys, kValueAtoms>(shared.v[0], tile.band.kv_end - key0);
+      async_fence();
+      named_sync(kAllConsumers, 256);
+    }
+  }
+
+  for_each_step(args, tile, [&](int head, int m) {
+    const int query0 = m * kQueries;
+    const u32 q_tile = shared_address(shared.q[q_ring.slot]), dout_tile = shared_address(shared.dout[0]);
+    const u64 q_rows = descriptor_k_major(q_tile), dout_rows = descriptor_k_major(dout_tile);
+    const u64 dout_columns = descriptor_mn_major(dout_tile + g * kValueBlocks * kQueries * 128, 0);
+    const u32 p_tile = shared_address(shared.p[step & 1]), ds_tile = shared_address(shared.ds[step & 1]);
+    const u64 p_rows = descriptor_k_major(p_tile), ds_columns = descriptor_mn_major(ds_tile, 0);
+    barrier_wait(barrier_of(shared.q_full, q_ring.slot), q_ring.parity);
+    if constexpr (kSpec.q_lengths) {
+      if (query0 + kQueries > tile.band.q_end) {
+        barrier_wait(barrier_of(shared.dout_full, 0), dout_ring.parity);
+        clear_rows<kQueries, kHeadAtoms>(shared.q[q_ring.slot], tile.band.q_end - query0);
+        clear_rows<kQueries, kValueAtoms>(shared.dout[0], tile.band.q_end - query0);
         async_fence();
         named_sync(kAllConsumers, 256);
       }
     }
-
-    for_each_step(args, tile, [&](int head, int m) {
-      const int query0 = m * kQueries;
-      const u32 q_tile = shared_address(shared.q[q_ring.slot]), dout_tile = shared_address(shared.dout[0]);
-      const u64 q_rows = descriptor_k_major(q_tile), dout_rows = descriptor_k_major(dout_tile);
-      const u64 dout_columns = descriptor_mn_major(dout_tile + g * kValueBlocks * kQueries * 128, 0);
-      const u32 p_tile = shared_address(shared.p[step & 1]), ds_tile = shared_address(shared.ds[step & 1]);
-      const u64 p_rows = descriptor_k_major(p_tile), ds_columns = descriptor_mn_major(ds_tile, 0);
-      barrier_wait(barrier_of(shared.q_full, q_ring.slot), q_ring.parity);
-      if constexpr (kSpec.q_lengths) {
-        if (query0 + kQueries > tile.band.q_end) {
-          barrier_wait(barrier_of(shared.dout_full, 0), dout_ring.parity);
-          clear_rows<kQueries, kHeadAtoms>(shared.q[q_ring.slot], tile.band.q_end - query0);
-          clear_rows<kQueries, kValueAtoms>(shared.dout[0], tile.band.q_end - query0);
-          async_fence();
-          named_sync(kAllConsumers, 256);
-        }
-      }
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < (kSpec.head_dim + 15) / 16; i++) {  // S = Q K^T
-        wgmma<kSpec.dtype>(s, advance(q_rows, i / 4 * kQueries * 128 + i % 4 * 32),
-                           advance(k_rows, i / 4 * kKeys * 128 + i % 4 * 32), i != 0);
-      }
-      wgmma_commit();
-      barrier_wait(barrier_of(shared.dout_full, 0), dout_ring.parity);
-#pragma unroll
-      for (int i = 0; i < (kSpec.value_dim + 15) / 16; i++) {  // dP = dO V^T
-        wgmma<kSpec.dtype>(dp, advance(dout_rows, i / 4 * kQueries * 128 + i % 4 * 32),
-                           advance(v_rows, i / 4 * kKeys * 128 + i % 4 * 32), i != 0);
-      }
-      wgmma_commit();
-      issue_dk(step - 1, step == 0 ? 0 : q_ring.slot ^ 1);  // slot 1 is being filled in step 0
-
-      wgmma_wait<2>();
-      pin(s);
-      const Fragment<false> at = warp_fragment<false>(query0 + warp * 16, key0 + g * (kKeys / 2));
-      const Score score = score_of(p, args.features, tile.batch, head);
-      float derivative[kSpec.softcap ? kScores : 1];
-      make_logits(s, derivative, at, args, tile, head, m, score);
-      const int row = warp * 16 + lane_id() / 4;
-      const float lse_log2[2] = {shared.lse_log2[q_ring.slot][row], shared.lse_log2[q_ring.slot][row + 8]};
-      const float delta[2] = {shared.delta[0][row], shared.delta[0][row + 8]};
-#pragma unroll
-      for (int i = 0; i < kScores; i++) s[i] = exp2_fast(fmaf(s[i], score.unit, -lse_log2[fragment_row(i)]));
-      if constexpr (!kSpec.dropout) store_transposed(p_tile, g * (kKeys / 2), s, 1.f);
-
-      wgmma_wait<1>();
-      pin(dp);
-      if constexpr (kSpec.dropout) {
-        const Dropout dropout = dropout_of(p, args.features, tile.batch, head);
-        float dropped[kScores];
-        for_each_kept<kScores>(dropout, at, [&](int i, bool kept) {
-          dropped[i] = kept ? s[i] * dropout.scale : 0.f;
-          dp[i] = kept ? dp[i] * dropout.scale : 0.f;
-        });
-        store_transposed(p_tile, g * (kKeys / 2), dropped, 1.f);
-      }
-#pragma unroll
-      for (int i = 0; i < kScores; i++) {
-        dp[i] = s[i] * (dp[i] - delta[fragment_row(i)]);
-        if constexpr (kSpec.softcap) dp[i] *= derivative[i];
-      }
-      store_transposed(ds_tile, g * (kKeys / 2), dp, 1.f);
-      async_fence();
-      wgmma_wait<0>();
-      pin_dk();
-      if (thread == 0 && step > 0) barrier_arrive(barrier_of(shared.q_free, q_ring.slot ^ 1));
-      // P and dS of both warpgroups are written, and what reads the buffers written next is done.
-      named_sync(kAllConsumers, 256);
-
-      auto issue_dq = [&](int x) {  // dQ = dS K
-#pragma unroll
-        for (int i = 0; i < kKeys / 16; i++) {
-          wgmma<kSpec.dtype, true, true>(dq, advance(ds_columns, i * 2048),
-                                         advance(k_columns, x * kKeys * 128 + i * 2048), i != 0);
-        }
-        wgmma_commit();
-      };
-      auto add_dq = [&](int x) {
-        const int block0 = (g * kHeadBlocks + x) * 8;
-        if (block0 * 8 >= kSpec.head_dim) return;
-        const long long dq_head = static_cast<long long>(tile.batch) * p.q_heads + head;
-        const DqSum sum{args.dq_sums + ((dq_head * args.q_tiles + m) * kDqBlocks + block0) * 512 + thread * 4, 8, false,
-                        false};
-        sum.add(dq);
-      };
-      wgmma_fence();
-#pragma unroll
-      for (int x = 0; x < kValueBlocks; x++) {  // dV^T += dO^T P
-#pragma unroll
-        for (int i = 0; i < kQueries / 16; i++) {
-          wgmma<kSpec.dtype, true, false>(dv[x], advance(dout_columns, x * kQueries * 128 + i * 2048),
-                                          advance(p_rows, i * 32), true);
-        }
-      }
-      wgmma_commit();
-      issue_dq(0);
-      wgmma_wait<1>();
-#pragma unroll
-      for (int x = 0; x < kValueBlocks; x++) pin(dv[x]);
-      if (thread == 0) barrier_arrive(barrier_of(shared.dout_free, 0));
-      wgmma_wait<0>();
-      pin(dq);
-      add_dq(0);
-      if constexpr (kHeadBlocks == 2) {
-        wgmma_fence();
-        issue_dq(1);
-        wgmma_wait<0>();
-        pin(dq);
-        add_dq(1);
-      }
-      q_ring.advance();
-      dout_ring.advance();
-      step++;
-    });
-
     wgmma_fence();
-    issue_dk(step - 1, q_ring.slot ^ 1);
+#pragma unroll
+    for (int i = 0; i < (kSpec.head_dim + 15) / 16; i++) {  // S = Q K^T
+      wgmma<kSpec.dtype>(s, advance(q_rows, i / 4 * kQueries * 128 + i % 4 * 32),
+                         advance(k_rows, i / 4 * kKeys * 128 + i % 4 * 32), i != 0);
+    }
+    wgmma_commit();
+    barrier_wait(barrier_of(shared.dout_full, 0), dout_ring.parity);
+#pragma unroll
+    for (int i = 0; i < (kSpec.value_dim + 15) / 16; i++) {  // dP = dO V^T
+      wgmma<kSpec.dtype>(dp, advance(dout_rows, i / 4 * kQueries * 128 + i % 4 * 32),
+                         advance(v_rows, i / 4 * kKeys * 128 + i % 4 * 32), i != 0);
+    }
+    wgmma_commit();
+    issue_dk(step - 1, step == 0 ? 0 : q_ring.slot ^ 1);  // slot 1 is being filled in step 0
+
+    wgmma_wait<2>();
+    pin(s);
+    const Fragment<false> at = warp_fragment<false>(query0 + warp * 16, key0 + g * (kKeys / 2));
+    const Score score = score_of(p, args.features, tile.batch, head);
+    float derivative[kSpec.softcap ? kScores : 1];
+    make_logits(s, derivative, at, args, tile, head, m, score);
+    const int row = warp * 16 + lane_id() / 4;
+    const float lse_log2[2] = {shared.lse_log2[q_ring.slot][row], shared.lse_log2[q_ring.slot][row + 8]};
+    const float delta[2] = {shared.delta[0][row], shared.delta[0][row + 8]};
+#pragma unroll
+    for (int i = 0; i < kScores; i++) s[i] = exp2_fast(fmaf(s[i], score.unit, -lse_log2[fragment_row(i)]));
+    if constexpr (!kSpec.dropout) store_transposed(p_tile, g * (kKeys / 2), s, 1.f);
+
+    wgmma_wait<1>();
+    pin(dp);
+    if constexpr (kSpec.dropout) {
+      const Dropout dropout = dropout_of(p, args.features, tile.batch, head);
+      float dropped[kScores];
+      for_each_kept<kScores>(dropout, at, [&](int i, bool kept) {
+        dropped[i] = kept ? s[i] * dropout.scale : 0.f;
+        dp[i] = kept ? dp[i] * dropout.scale : 0.f;
+      });
+      store_transposed(p_tile, g * (kKeys / 2), dropped, 1.f);
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; i++) {
+      dp[i] = s[i] * (dp[i] - delta[fragment_row(i)]);
+      if constexpr (kSpec.softcap) dp[i] *= derivative[i];
+    }
+    store_transposed(ds_tile, g * (kKeys / 2), dp, 1.f);
+    async_fence();
     wgmma_wait<0>();
     pin_dk();
-    named_sync(kAllConsumers, 256);  // all reads of K and V are over: dK and dV take their place
+    if (thread == 0 && step > 0) barrier_arrive(barrier_of(shared.q_free, q_ring.slot ^ 1));
+    // P and dS of both warpgroups are written, and what reads the buffers written next is done.
+    named_sync(kAllConsumers, 256);
+
+    auto issue_dq = [&](int x) {  // dQ = dS K
 #pragma unroll
-    for (int x = 0; x < kHeadBlocks; x++) {
-      store_transposed(k_tile + (g * kHeadBlocks + x) * kKeys * 128, 0, dk[x], p.scale);
-    }
+      for (int i = 0; i < kKeys / 16; i++) {
+        wgmma<kSpec.dtype, true, true>(dq, advance(ds_columns, i * 2048),
+                                       advance(k_columns, x * kKeys * 128 + i * 2048), i != 0);
+      }
+      wgmma_commit();
+    };
+    auto add_dq = [&](int x) {
+      const int block0 = (g * kHeadBlocks + x) * 8;
+      if (block0 * 8 >= kSpec.head_dim) return;
+      const long long dq_head = static_cast<long long>(tile.batch) * p.q_heads + head;
+      const DqSum sum{args.dq_sums + ((dq_head * args.q_tiles + m) * kDqBlocks + block0) * 512 + thread * 4, 8, false,
+                      false};
+      sum.add(dq);
+    };
+    wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < kValueBlocks; x++) {
-      store_transposed(v_tile + (g * kValueBlocks + x) * kKeys * 128, 0, dv[x], 1.f);
-    }
-    async_fence();
-    named_sync(kWarpgroup + g, 128);
-    if (thread == 0) {
-      for (int atom = g * kHeadBlocks; atom < (g + 1) * kHeadBlocks; atom++) {
-        tma_store(args.dk, k_tile + atom * kKeys * 128, atom * 64, tile.kv_head, key0, tile.batch);
+    for (int x = 0; x < kValueBlocks; x++) {  // dV^T += dO^T P
+#pragma unroll
+      for (int i = 0; i < kQueries / 16; i++) {
+        wgmma<kSpec.dtype, true, false>(dv[x], advance(dout_columns, x * kQueries * 128 + i * 2048),
+                                        advance(p_rows, i * 32), true);
       }
-      for (int atom = g * kValueBlocks; atom < (g + 1) * kValueBlocks; atom++) {
-        tma_store(args.dv, v_tile + atom * kKeys * 128, atom * 64, tile.kv_head, key0, tile.batch);
-      }
-      bulk_commit();
-      bulk_wait_read<0>();
     }
+    wgmma_commit();
+    issue_dq(0);
+    wgmma_wait<1>();
+#pragma unroll
+    for (int x = 0; x < kValueBlocks; x++) pin(dv[x]);
+    if (thread == 0) barrier_arrive(barrier_of(shared.dout_free, 0));
+    wgmma_wait<0>();
+    pin(dq);
+    if constexpr (kTurns) barrier_wait(barrier_of(shared.turn_came, step & 1), step >> 1 & 1);
+    add_dq(0);
+    if constexpr (kHeadBlocks == 2) {
+      wgmma_fence();
+      issue_dq(1);
+      wgmma_wait<0>();
+      pin(dq);
+      add_dq(1);
+    }
+    if constexpr (kTurns) barrier_arrive(barrier_of(shared.turn_used, step & 1));
+    q_ring.advance();
+    dout_ring.advance();
+    step++;
   });
+
+  wgmma_fence();
+  issue_dk(step - 1, q_ring.slot ^ 1);
+  wgmma_wait<0>();
+  pin_dk();
+  named_sync(kAllConsumers, 256);  // all reads of K and V are over: dK and dV take their place
+#pragma unroll
+  for (int x = 0; x < kHeadBlocks; x++) {
+    store_transposed(k_tile + (g * kHeadBlocks + x) * kKeys * 128, 0, dk[x], p.scale);
+  }
+#pragma unroll
+  for (int x = 0; x < kValueBlocks; x++) {
+    store_transposed(v_tile + (g * kValueBlocks + x) * kKeys * 128, 0, dv[x], 1.f);
+  }
+  async_fence();
+  named_sync(kWarpgroup + g, 128);
+  if (thread == 0) {
+    for (int atom = g * kHeadBlocks; atom < (g + 1) * kHeadBlocks; atom++) {
+      tma_store(args.dk, k_tile + atom * kKeys * 128, atom * 64, tile.kv_head, key0, tile.batch);
+    }
+    for (int atom = g * kValueBlocks; atom < (g + 1) * kValueBlocks; atom++) {
+      tma_store(args.dv, v_tile + atom * kKeys * 128, atom * 64, tile.kv_head, key0, tile.batch);
+    }
+    bulk_commit();
+    bulk_wait_read<0>();
+  }
 }
 
 }  // namespace jf
@@ -251,8 +251,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   __syncthreads();
   dependency_wait();  // lse_log2, delta and the cleared dq_sums come from the kernel ahead
   if (threadIdx.x < 128) {
-    registers_release<kProducerRegisters>();
-    if (threadIdx.x == 0) produce(args, shared);
+    serve(args, shared);
   } else {
     registers_acquire<kConsumerRegisters>();
     consume(args, shared);

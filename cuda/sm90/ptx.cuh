@@ -97,6 +97,17 @@ JF_DEVICE void global_add(float* to, float4 x) {
                "f"(x.w)
                : "memory");
 }
+// Flags between blocks: what happened before pass_flag, in this thread or in those it has synchronised with, is visible
+// after await_flag has seen its value.
+JF_DEVICE void await_flag(const int* flag, int value) {
+  int seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+  } while (seen != value);
+}
+JF_DEVICE void pass_flag(int* flag, int value) {
+  asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
 // Orders this thread's ordinary writes to shared memory before later reads by TMA and wgmma (after a barrier,
 // anyone's).
 JF_DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
