@@ -47,6 +47,14 @@ def test_a_wrong_answer_is_noticed(name, damage):
         check.worst(case, check.errors(case, check.exact(case, case.arrays()), answers))
 
 
+def test_compile_time_is_that_of_an_empty_cache(monkeypatch):
+    folders = []
+    monkeypatch.setattr(tool.extension, "configure", lambda module: folders.append(tool.extension.cache_folder()))
+    monkeypatch.setattr(tool.extension, "native", lambda: None)
+    assert tool.compile_s(jax.jit(lambda x: x + 1), (1.0,)) > 0
+    assert folders[0] != folders[1] == tool.extension.cache_folder()
+
+
 def test_every_case_has_its_own_name():
     for group, cases in named().items():
         assert len({str(case) for case in cases}) == len(cases), group

@@ -34,26 +34,34 @@ std::string TilesText(const Sm80BackwardTiles& tiles) {
   return "#include \"sm80/args.h\"\nconstexpr jf::Sm80BackwardTiles kTiles{" + fields + "};\n";
 }
 
-// The first of the tiles, from the largest down, that fits the registers (fewer scores in flight where there are many
-// features) and the shared memory.
+// The first of the tiles, from the fastest down, that fits the registers and the shared memory. Four warps hold more of
+// a tile each and read less shared memory; two such blocks or three run on a multiprocessor.
 Sm80BackwardTiles ChooseTiles(const Call& call) {
-  int head_tile = Sm80HeadTile(call.spec.head_dim), value_tile = Sm80HeadTile(call.spec.value_dim);
+  const Spec& spec = call.spec;
+  int head_tile = Sm80HeadTile(spec.head_dim), value_tile = Sm80HeadTile(spec.value_dim);
   if (head_tile != value_tile) {  // six blocks of 16 columns divide over two columns of warps only: all or nothing
     if (head_tile == 96) head_tile = 128;
     if (value_tile == 96) value_tile = 128;
   }
-  const bool wide = std::max(head_tile, value_tile) > 128;
-  constexpr Sm80BackwardTiles kTable[] = {
-      // queries, keys, head sizes, warps, rows of warps for scores, keys and queries, stages
-      {64, 128, 0, 0, 8, 2, 4, 2, 2, true}, {64, 64, 0, 0, 8, 4, 2, 2, 2, true}, {64, 64, 0, 0, 8, 4, 2, 2, 1, true},
-      {64, 32, 0, 0, 8, 4, 2, 2, 1, true},  {32, 32, 0, 0, 4, 2, 2, 2, 1, true},
+  const bool crowded = HasScoreFeatures(spec) || spec.segment_ids || spec.q_lengths || spec.kv_lengths;
+  struct Choice {
+    Sm80BackwardTiles tiles;
+    int largest_head;  // tile
+    bool crowded;      // whether its registers have room for many features
   };
-  for (Sm80BackwardTiles tiles : kTable) {
-    if (tiles.keys == 128 && (wide || HasScoreFeatures(call.spec))) continue;
+  constexpr Choice kTable[] = {
+      // queries, keys, head sizes, warps, rows of warps for scores, keys and queries, stages
+      {{64, 64, 0, 0, 4, 2, 2, 2, 2, true}, 64, true},  {{64, 64, 0, 0, 4, 2, 2, 2, 1, true}, 128, false},
+      {{64, 64, 0, 0, 8, 4, 2, 4, 2, true}, 256, true}, {{64, 64, 0, 0, 8, 4, 2, 2, 1, true}, 256, true},
+      {{64, 32, 0, 0, 8, 4, 2, 2, 1, true}, 256, true}, {{32, 32, 0, 0, 4, 2, 2, 2, 1, true}, 256, true},
+  };
+  for (Choice choice : kTable) {
+    Sm80BackwardTiles& tiles = choice.tiles;
+    if (std::max(head_tile, value_tile) > choice.largest_head || (crowded && !choice.crowded)) continue;
     tiles.head_dim = head_tile;
     tiles.value_dim = value_tile;
-    if (head_tile == 96) tiles.key_rows = tiles.query_rows = 4;
-    tiles.query_gradient = !call.spec.deterministic;
+    if (head_tile == 96 && tiles.warps == 8) tiles.key_rows = tiles.query_rows = 4;
+    tiles.query_gradient = !spec.deterministic;
     if (SharedBytes(tiles) <= SharedLimit(call.arch)) return tiles;
   }
   throw Error("no tile of the sm80 backward fits the shared memory");

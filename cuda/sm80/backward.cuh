@@ -213,8 +213,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
       multiply<kSpec.dtype, kKeys / 16>(
           dq, OperandA<ScoreTile, false>(shared_ds, QueryGradient::first_row()),
           OperandB<HeadTile, true, QueryGradient::kGridColumns>(shared_k, QueryGradient::first_column()));
-      const long long block_row =
-          (static_cast<long long>(batch) * problem.q_heads + head.head) * (args.padded_len / 16) + q0 / 16;
+      const long long block_row = (head.first_row + q0) / 16;
 #pragma unroll
       for (int m = 0; m < QueryGradient::kRows; m++) {
 #pragma unroll

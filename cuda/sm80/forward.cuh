@@ -248,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
                                  [&](int i, bool kept) { s[m][i] = kept ? s[m][i] : 0.f; });
       }
     }
-    multiply_registers<kSpec.dtype>(o, s, OperandB<VTile, true>(fresh(shared_v), 0));
+    multiply<kSpec.dtype, kKeys / 16>(o, rounded<kSpec.dtype>(s), OperandB<VTile, true>(fresh(shared_v), 0));
   }
   store(args, softmax, o, score.unit, warp_row);
 }

@@ -7,7 +7,7 @@
 
 namespace jf {
 
-// Of one (batch entry, head), from support/delta.cuh.
+// Of all rows, [batch, q_heads, padded_len], from support/delta.cuh.
 struct RowStatistics {
   const float *lse_log2, *delta;
 };
@@ -19,12 +19,13 @@ struct GradientHead {
   Score score;
   Dropout dropout;
   RowStatistics rows;
+  long long first_row;  // of the head, among all rows
 };
 
-JF_DEVICE GradientHead gradient_head(const Problem& p, const Features& f, const CallBand& band, RowStatistics all,
+JF_DEVICE GradientHead gradient_head(const Problem& p, const Features& f, const CallBand& band, RowStatistics rows,
                                      int padded_len, int b, int head) {
   const long long first = (static_cast<long long>(b) * p.q_heads + head) * padded_len;
-  GradientHead h{b, head, band, score_of(p, f, b, head), {}, {all.lse_log2 + first, all.delta + first}};
+  GradientHead h{b, head, band, score_of(p, f, b, head), {}, rows, first};
   if constexpr (kSpec.dropout) h.dropout = dropout_of(p, f, b, head);
   return h;
 }
@@ -40,8 +41,8 @@ JF_DEVICE void score_gradients(float (&s)[N], float (&dp)[N], const Fragment<fal
   float lse_log2[2], delta[2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    lse_log2[r] = __ldg(h.rows.lse_log2 + at.row[r]);
-    delta[r] = __ldg(h.rows.delta + at.row[r]);
+    lse_log2[r] = __ldg(h.rows.lse_log2 + h.first_row + at.row[r]);
+    delta[r] = __ldg(h.rows.delta + h.first_row + at.row[r]);
   }
   float derivative[kOfProduct && kSpec.softcap ? N : 1];
   transform_scores<kOfProduct>(s, derivative, at, h.score);

@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
     const bool interior = gradient_interior(band, problem, args.segments, batch, q0, kQueries, n * kKeys, kKeys);
     score_gradients<true>(s[0], dp[0], warp_fragment<false>(q0 + 16 * warp, n * kKeys), problem, args.features, head,
                           interior);
-    multiply_registers<kSpec.dtype>(dq, dp, OperandB<HeadTile, true>(shared_k, 0));
+    multiply<kSpec.dtype, kKeys / 16>(dq, rounded<kSpec.dtype>(dp), OperandB<HeadTile, true>(shared_k, 0));
     __syncthreads();  // nobody reads K(n) any more
     if (n + 1 < tiles.end) load_k(n + 1);
   }

@@ -110,6 +110,21 @@ using OperandA = Operand<T, kAlongRows, kStride, true>;
 template <class T, bool kAlongRows, int kStride = 1>
 using OperandB = Operand<T, kAlongRows, kStride, false>;
 
+// A from registers: an accumulator of 16 x 16 blocks, rounded to 16 bits on the way.
+template <DType kType, int M, int K>
+struct Rounded {
+  const float (&x)[M][K];
+
+  JF_DEVICE void load(u32 (&r)[4], int i, int k) const {
+#pragma unroll
+    for (int j = 0; j < 4; j++) r[j] = pack<kType>(x[i][8 * k + 2 * j], x[i][8 * k + 2 * j + 1]);
+  }
+};
+template <DType kType, int M, int K>
+JF_DEVICE Rounded<kType, M, K> rounded(const float (&x)[M][K]) {
+  return {x};
+}
+
 // c[m] += A B for 16 rows at a time and N / 8 blocks of 16 columns: registers 8 n .. 8 n + 7 of c[m] are block (m, n).
 template <DType kType, int kSteps, int M, int N, class A, class B>
 JF_DEVICE void multiply(float (&c)[M][N], const A& a, const B& b) {
@@ -118,30 +133,6 @@ JF_DEVICE void multiply(float (&c)[M][N], const A& a, const B& b) {
     u32 rows[M][4];
 #pragma unroll
     for (int m = 0; m < M; m++) a.load(rows[m], m, k);
-#pragma unroll
-    for (int n = 0; n < N / 8; n++) {
-      u32 columns[4];
-      b.load(columns, n, k);
-#pragma unroll
-      for (int m = 0; m < M; m++) {
-        mma<kType>(&c[m][8 * n], rows[m], columns[0], columns[1]);
-        mma<kType>(&c[m][8 * n + 4], rows[m], columns[2], columns[3]);
-      }
-    }
-  }
-}
-
-// The same with A in registers: an accumulator of 16 x 16 blocks, rounded to 16 bits.
-template <DType kType, int M, int N, int K, class B>
-JF_DEVICE void multiply_registers(float (&c)[M][N], const float (&a)[M][K], const B& b) {
-#pragma unroll
-  for (int k = 0; k < K / 8; k++) {
-    u32 rows[M][4];
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) rows[m][i] = pack<kType>(a[m][8 * k + 2 * i], a[m][8 * k + 2 * i + 1]);
-    }
 #pragma unroll
     for (int n = 0; n < N / 8; n++) {
       u32 columns[4];
