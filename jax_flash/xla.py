@@ -55,20 +55,22 @@ def attention(spec: AttentionSpec, q, k, v, operands: Operands):
 
 @attention.defjvp
 def _attention_tangent(spec: AttentionSpec, primals, tangents):
-    """With the lse held, W = sum p v and Z = sum p = 1 have the derivatives of plain sums:
+    """With the lse held, W = sum p v and Z = sum p have the derivatives of plain sums:
 
-        d lse = dZ,    d out = d(W / Z) = dW - out dZ
+        d lse = dZ / Z,    d out = d(W / Z) = (dW - out dZ) / Z
 
-    In reverse mode that makes of each tile what `backward` does. Higher orders differentiate the lse and out as well.
+    Z is 1 but for the rounding of the lse and of the scores, which are computed again: dividing by it takes both out.
+    In reverse mode each tile does what `backward` does. Higher orders differentiate the lse and out as well.
     """
     out, lse = attention(spec, *primals)
     call = _Call(spec, *primals)
     if call.empty:
         return (out, lse), (jnp.zeros_like(out), jnp.zeros_like(lse))
     rows = call.rows(lse)
-    _, (dweighted, dtotal) = jax.jvp(lambda *arrays: _sums(_Call(spec, *arrays), rows), primals, tangents)
+    (_, total), sums = jax.jvp(lambda *arrays: _sums(_Call(spec, *arrays), rows), primals, tangents)
+    dweighted, dtotal = (jnp.where(rows.seen, x / jnp.where(rows.seen, total, 1), 0) for x in sums)
     dout = dweighted - _split_heads(out, call.heads).astype(call.dtype) * dtotal
-    return (out, lse), call.results(*(jnp.where(rows.seen, x, 0) for x in (dout, dtotal)))
+    return (out, lse), call.results(dout, dtotal)
 
 
 def _sums(call: _Call, rows: _Rows):
