@@ -35,6 +35,9 @@ def calls() -> None:
         (128, {"precision": jf.Fp8(), "causal": True, "softcap": 20.0}),
         (256, {"precision": jf.Fp8(), "lengths": True}),
     ):
+        if "precision" in keywords and os.environ.get("JAX_FLASH_KERNELS") == "sm80":
+            continue  # FP8 has kernels on Hopper only
+        print(f"head size {size}, {keywords}", flush=True)  # what a report of the sanitizer belongs to
         q, k, v, g = (
             jax.random.normal(jax.random.key(i), (2, 200, heads, size), jnp.bfloat16)
             for i, heads in enumerate((4, 2, 2, 4))
@@ -95,7 +98,8 @@ def main() -> int:
             print(f"{tool}, {name}: {'clean' if run.returncode == 0 else f'exit {run.returncode}'}", flush=True)
             if run.returncode:
                 failed += 1
-                print((run.stdout + run.stderr)[-6000:])
+                report = run.stdout + run.stderr  # the first report says most, the end what became of the program
+                print(report[:4000], "...", report[-2000:], sep="\n")
     return int(failed > 0)
 
 
