@@ -32,8 +32,8 @@ BLOCK = re.compile(r"(<!-- run: (\S+) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def origin(rows: list[dict[str, Any]], name: str) -> str:
-    first = rows[0]
-    where = f"{first['device']}, {first['date']}, commit {first['commit']}, JAX {first['jax']}"
+    runs = dict.fromkeys(f"{row['date']}, commit {row['commit']}" for row in rows)
+    where = f"{rows[0]['device']}, {' and '.join(runs)}, JAX {rows[0]['jax']}"
     return f"\n{where}: `benchmarks/results/{name}`.\n"
 
 
