@@ -403,10 +403,6 @@ def _segment_ids(segment_ids: Any, batch: tuple[int, ...], t: int, s: int) -> tu
     )
 
 
-def _mask(mask: Any, full: tuple[int, ...]) -> Any:
-    return None if mask is None else _aligned("mask", _array("mask", mask, jnp.bool_), full, "*B, N, T, S")
-
-
 def _bias(bias: Any, dtype: Any, full: tuple[int, ...]) -> Any:
     if bias is None:
         return None
