@@ -180,8 +180,8 @@ def test_remat_saves_what_the_backward_kernel_reads(names, saved, capsys):
     module = nn.remat(linen.MultiHeadAttention, policy=policy)(4, use_bias=False)
     parameters = module.init(jax.random.key(2), X)
     jax.ad_checkpoint.print_saved_residuals(lambda p: module.apply(p, X).sum(), parameters)
-    computed = [line for line in capsys.readouterr().out.splitlines() if "output of" in line]
-    assert len(computed) == saved  # beside arguments and constants
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("(attend)" in line for line in lines) == saved, lines  # beside arguments and constants
 
 
 def test_rotary():
