@@ -1,24 +1,13 @@
-// Scalar device arithmetic that every kernel uses: exponentials, conversions, loads of one element.
+// Scalar device arithmetic that every kernel uses: constants, conversions, loads of one element.
 #pragma once
-#include "spec.h"
-
-#define JF_DEVICE __device__ __forceinline__
+#include "pieces/ptx.cuh"
 
 namespace jf {
-
-using u32 = unsigned int;
-using u64 = unsigned long long;
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 JF_DEVICE float infinity() { return __int_as_float(0x7f800000); }
-
-JF_DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // 2^x for x <= 0 on the FMA units, relative error under 1e-4: below the rounding of a bf16 probability.
 JF_DEVICE float exp2_software(float x) {
@@ -29,38 +18,12 @@ JF_DEVICE float exp2_software(float x) {
   return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
 }
 
-JF_DEVICE float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-JF_DEVICE float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Two values as one 32-bit register of the 16-bit type, the first in the low half.
-template <DType kType>
-JF_DEVICE u32 pack(float low, float high) {
-  u32 r;
-  if constexpr (kType == DType::kBF16) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  }
-  return r;
-}
-
 template <DType kType>
 JF_DEVICE float to_float(unsigned short bits) {
   if constexpr (kType == DType::kBF16) {
     return __int_as_float(static_cast<u32>(bits) << 16);
   } else {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
-    return y;
+    return half_to_float(bits);
   }
 }
 

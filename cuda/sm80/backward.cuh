@@ -82,9 +82,8 @@ JF_DEVICE void add_query_gradient(float* sums, const float* x) {
 #if __CUDA_ARCH__ >= 900
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums + 128 * half + 4 * lane_id()),
-                 "f"(x[4 * half]), "f"(x[4 * half + 1]), "f"(x[4 * half + 2]), "f"(x[4 * half + 3])
-                 : "memory");
+    global_add(sums + 128 * half + 4 * lane_id(),
+               float4{x[4 * half], x[4 * half + 1], x[4 * half + 2], x[4 * half + 3]});
   }
 #else
 #pragma unroll
@@ -115,7 +114,6 @@ JF_DEVICE void store_gradient(u32 tile, const float (&x)[M][N], float factor, co
 extern "C" __global__ void __launch_bounds__(jf::kThreads)
     sm80_backward(const __grid_constant__ jf::Sm80BackwardArgs args) {
   using namespace jf;
-  extern __shared__ unsigned char dynamic_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
   const Problem& problem = args.problem;
   const TilePlace place = place_in_sections(blockIdx.x, problem.kv_heads * problem.batch, args.tiles, args.section);
@@ -166,8 +164,8 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
       head = gradient_head(problem, args.features, band, {args.lse_log2, args.delta}, args.padded_len, batch,
                            first_head + in_group);
     }
-    const u32 shared_k = fresh(shared_address(shared.k)), shared_v = fresh(shared_address(shared.v));
-    const u32 shared_p = fresh(shared_address(shared.p)), shared_ds = fresh(shared_address(shared.ds));
+    const u32 shared_k = afresh(shared_address(shared.k)), shared_v = afresh(shared_address(shared.v));
+    const u32 shared_p = afresh(shared_address(shared.p)), shared_ds = afresh(shared_address(shared.ds));
     const bool last_tile = tile + 1 == tiles.end;
     const int next_tile = last_tile ? tiles.begin : tile + 1, next_in_group = last_tile ? in_group + 1 : in_group;
 

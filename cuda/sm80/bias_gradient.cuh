@@ -44,7 +44,6 @@ JF_DEVICE void store_bias(void* data, long long index, float x) {
 extern "C" __global__ void __launch_bounds__(jf::kThreads)
     sm80_bias_gradient(const __grid_constant__ jf::Sm80BackwardArgs args) {
   using namespace jf;
-  extern __shared__ unsigned char dynamic_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
   const u32 shared_q = shared_address(shared.inputs.q), shared_dout = shared_address(shared.inputs.dout);
   const u32 shared_k = shared_address(shared.inputs.k), shared_v = shared_address(shared.inputs.v);

@@ -27,7 +27,7 @@ JF_DEVICE void load_sums(float (&x)[8], const float* sums) {
 extern "C" __global__ void __launch_bounds__(32 * kTiles.warps)
     sm80_convert_dq(const __grid_constant__ jf::Sm80BackwardArgs args) {
   using namespace jf;
-  __shared__ alignas(128) unsigned char staging[kTiles.warps][16 * HeadTile::kRowBytes];
+  alignas(128) __shared__ unsigned char staging[kTiles.warps][16 * HeadTile::kRowBytes];
   const Problem& p = args.problem;
   const int warp = threadIdx.x / 32, block_row = blockIdx.y * kTiles.warps + warp;
   if (16 * block_row >= p.q_len) return;

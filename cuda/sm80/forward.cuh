@@ -89,10 +89,9 @@ JF_DEVICE long long place_of(const Work& work, const Problem& p, int row) {
 // worked out again, so that it need not stay in registers over the main loop.
 JF_DEVICE void store(const Sm80ForwardArgs& args, const Softmax (&softmax)[kBlocks],
                      const float (&o)[kBlocks][kValueSteps * 8], float unit, int warp_row) {
-  extern __shared__ unsigned char dynamic_shared[];
   const u32 shared_q = shared_address(dynamic_shared);
   const Problem& problem = args.problem;
-  const Work work = work_of(args, fresh(blockIdx.x));
+  const Work work = work_of(args, afresh(blockIdx.x));
   const int rows_end = rows_of(work, band_of(problem, args.features, work.batch).q_end);
   const int rows_all = rows_of(work, problem.q_len);
   const long long batch_rows =
@@ -148,7 +147,6 @@ JF_DEVICE void store(const Sm80ForwardArgs& args, const Softmax (&softmax)[kBloc
 extern "C" __global__ void __launch_bounds__(jf::kThreads)
     sm80_forward(const __grid_constant__ jf::Sm80ForwardArgs args) {
   using namespace jf;
-  extern __shared__ unsigned char dynamic_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
   const u32 shared_q = shared_address(shared.q), shared_k = shared_address(shared.k),
             shared_v = shared_address(shared.v);
@@ -223,8 +221,8 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
     load_v(n);
     float s[kBlocks][kKeys / 2];
     clear(s);
-    multiply<kSpec.dtype, kHeadSteps>(s, OperandA<QTile, false>(fresh(shared_q), warp_row / 16),
-                                      OperandB<QTile, false>(fresh(shared_k), 0));
+    multiply<kSpec.dtype, kHeadSteps>(s, OperandA<QTile, false>(afresh(shared_q), warp_row / 16),
+                                      OperandB<QTile, false>(afresh(shared_k), 0));
     wait_copies<0>();
     __syncthreads();  // V(n) is there for all; nobody reads K(n) any more
     if (n > tiles.begin) load_k(n - 1);
@@ -248,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
                                  [&](int i, bool kept) { s[m][i] = kept ? s[m][i] : 0.f; });
       }
     }
-    multiply<kSpec.dtype, kKeys / 16>(o, rounded<kSpec.dtype>(s), OperandB<VTile, true>(fresh(shared_v), 0));
+    multiply<kSpec.dtype, kKeys / 16>(o, rounded<kSpec.dtype>(s), OperandB<VTile, true>(afresh(shared_v), 0));
   }
   store(args, softmax, o, score.unit, warp_row);
 }

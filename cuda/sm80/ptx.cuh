@@ -1,10 +1,8 @@
-// Instructions of the sm80 kernels: mma.sync, ldmatrix, cp.async.
+// Instructions of the sm80 kernels as functions: mma.sync, ldmatrix, cp.async.
 #pragma once
-#include "pieces/math.cuh"
+#include "pieces/ptx.cuh"
 
 namespace jf {
-
-JF_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // c += a * b, with a [16, 16], b [16, 8].
 template <DType kType>
@@ -20,17 +18,11 @@ JF_DEVICE void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
   }
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lanes 8 i .. 8 i + 7 give the row addresses of matrix i.
-JF_DEVICE void ldmatrix(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-JF_DEVICE void ldmatrix_transposed(u32 (&r)[4], u32 address) {
+// load_matrix with each tile transposed.
+JF_DEVICE void load_matrix_transposed(u32* r, u32 row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
+               : "r"(row)
                : "memory");
 }
 

@@ -35,7 +35,6 @@ struct alignas(128) Shared {
 extern "C" __global__ void __launch_bounds__(jf::kThreads)
     sm80_query_gradient(const __grid_constant__ jf::Sm80BackwardArgs args) {
   using namespace jf;
-  extern __shared__ unsigned char dynamic_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
   const u32 shared_q = shared_address(shared.q), shared_dout = shared_address(shared.dout);
   const u32 shared_k = shared_address(shared.k), shared_v = shared_address(shared.v);

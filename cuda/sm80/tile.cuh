@@ -76,13 +76,6 @@ JF_DEVICE void load_tile(u32 shared, const HeadRows& rows, int first, int end) {
   });
 }
 
-// The same address, but opaque: whatever is derived from it is computed again in each round of a loop, where otherwise
-// the addresses of all operands would stay in registers across it, and spill.
-JF_DEVICE u32 fresh(u32 address) {
-  asm volatile("" : "+r"(address));
-  return address;
-}
-
 // Operands of mma from a tile in shared memory, as 16 x 16 blocks: block (i, k) is the i-th of this warp along the rows
 // of A (the columns of B), the k-th along the summed axis. A warp's blocks are kStride apart, beginning at block
 // `first`. kAlongRows: the summed axis runs down the rows of the tile (it is stored as the transpose of A, as B
@@ -99,9 +92,9 @@ struct Operand {
     const int row_block = kAlongRows ? k : i * kStride, column_block = kAlongRows ? i * kStride : k;
     const u32 block = T::advance(address, 2 * column_block) + row_block * 16 * T::kRowBytes;
     if constexpr (kAlongRows) {
-      ldmatrix_transposed(r, block);
+      load_matrix_transposed(r, block);
     } else {
-      ldmatrix(r, block);
+      load_matrix(r, block);
     }
   }
 };

@@ -151,15 +151,15 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kHead / 16; i++) {  // S^T = K Q^T
-        wgmma<kSpec.dtype>(s, advance(k_rows, i / 4 * kKeys * 128 + i % 4 * 32),
-                           advance(q_rows, i / 4 * kQueries * 128 + i % 4 * 32), i != 0);
+        wgmma<kSpec.dtype>(s, descriptor_after(k_rows, i / 4 * kKeys * 128 + i % 4 * 32),
+                           descriptor_after(q_rows, i / 4 * kQueries * 128 + i % 4 * 32), i != 0);
       }
       wgmma_commit();
       barrier_wait(barrier_of(shared.dout_full, ring.slot), ring.parity);
 #pragma unroll
       for (int i = 0; i < kValue / 16; i++) {  // dP^T = V dO^T
-        wgmma<kSpec.dtype>(dp, advance(v_rows, i / 4 * kKeys * 128 + i % 4 * 32),
-                           advance(dout_rows, i / 4 * kQueries * 128 + i % 4 * 32), i != 0);
+        wgmma<kSpec.dtype>(dp, descriptor_after(v_rows, i / 4 * kKeys * 128 + i % 4 * 32),
+                           descriptor_after(dout_rows, i / 4 * kQueries * 128 + i % 4 * 32), i != 0);
       }
       wgmma_commit();
 
@@ -215,19 +215,20 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kQueries / 16; i++) {  // dV += P^T dO
-        wgmma<kSpec.dtype, true>(dv, &p16[4 * i], advance(dout_columns, i * 2048), true);
+        wgmma<kSpec.dtype, true>(dv, &p16[4 * i], descriptor_after(dout_columns, i * 2048), true);
       }
       wgmma_commit();
       // Both warpgroups have written their dS^T, and are done with the dQ that reads the buffer written next.
       named_sync(kAllConsumers, 256);
 #pragma unroll
       for (int i = 0; i < kDqKeys / 16; i++) {  // dQ = dS K
-        wgmma<kSpec.dtype, true, true>(dq, advance(ds_columns, i * 2048), advance(k_columns, i * 2048), i != 0);
+        wgmma<kSpec.dtype, true, true>(dq, descriptor_after(ds_columns, i * 2048),
+                                       descriptor_after(k_columns, i * 2048), i != 0);
       }
       wgmma_commit();
 #pragma unroll
       for (int i = 0; i < kQueries / 16; i++) {  // dK += dS^T Q
-        wgmma<kSpec.dtype, true>(dk, &ds16[4 * i], advance(q_columns, i * 2048), true);
+        wgmma<kSpec.dtype, true>(dk, &ds16[4 * i], descriptor_after(q_columns, i * 2048), true);
       }
       wgmma_commit();
 
@@ -292,8 +293,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
 
 extern "C" __global__ void __launch_bounds__(384, 1) sm90_backward(const __grid_constant__ jf::Sm90BackwardArgs args) {
   using namespace jf;
-  extern __shared__ unsigned char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
   if (threadIdx.x == 0) init_rings(shared);
   __syncthreads();
   dependency_wait();  // lse_log2, delta and the cleared dq_sums come from the kernel ahead

@@ -1,7 +1,6 @@
 // What the two backward kernels of Hopper share: the order of the work, the rings in shared memory and the thread that
 // fills them, the logits of a tile of scores, the sums of dq.
 #pragma once
-#include "pieces/dependency.cuh"
 #include "pieces/dropout.cuh"
 #include "pieces/score.cuh"
 #include "sm90/backward_args.h"
@@ -68,11 +67,6 @@ struct Ring {
     if (++slot == kSize) slot = 0, parity ^= 1;
   }
 };
-
-// An operand that lies `bytes` on from the one described.
-JF_DEVICE u64 advance(u64 descriptor, u32 bytes) {
-  return (descriptor & 0xffffffff00000000ull) | (static_cast<u32>(descriptor) + (bytes >> 4));
-}
 
 // ---- Order of the work
 

@@ -68,8 +68,8 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     for (int x = 0; x < kHeadBlocks; x++) {
 #pragma unroll
       for (int i = 0; i < kQueries / 16; i++) {
-        wgmma<kSpec.dtype, true, false>(dk[x], advance(q_columns, x * kQueries * 128 + i * 2048),
-                                        advance(ds_rows, i * 32), true);
+        wgmma<kSpec.dtype, true, false>(dk[x], descriptor_after(q_columns, x * kQueries * 128 + i * 2048),
+                                        descriptor_after(ds_rows, i * 32), true);
       }
     }
     wgmma_commit();
@@ -107,15 +107,15 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < (kSpec.head_dim + 15) / 16; i++) {  // S = Q K^T
-      wgmma<kSpec.dtype>(s, advance(q_rows, i / 4 * kQueries * 128 + i % 4 * 32),
-                         advance(k_rows, i / 4 * kKeys * 128 + i % 4 * 32), i != 0);
+      wgmma<kSpec.dtype>(s, descriptor_after(q_rows, i / 4 * kQueries * 128 + i % 4 * 32),
+                         descriptor_after(k_rows, i / 4 * kKeys * 128 + i % 4 * 32), i != 0);
     }
     wgmma_commit();
     barrier_wait(barrier_of(shared.dout_full, 0), dout_ring.parity);
 #pragma unroll
     for (int i = 0; i < (kSpec.value_dim + 15) / 16; i++) {  // dP = dO V^T
-      wgmma<kSpec.dtype>(dp, advance(dout_rows, i / 4 * kQueries * 128 + i % 4 * 32),
-                         advance(v_rows, i / 4 * kKeys * 128 + i % 4 * 32), i != 0);
+      wgmma<kSpec.dtype>(dp, descriptor_after(dout_rows, i / 4 * kQueries * 128 + i % 4 * 32),
+                         descriptor_after(v_rows, i / 4 * kKeys * 128 + i % 4 * 32), i != 0);
     }
     wgmma_commit();
     issue_dk(step - 1, step == 0 ? 0 : q_ring.slot ^ 1);  // slot 1 is being filled in step 0
@@ -160,8 +160,8 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     auto issue_dq = [&](int x) {  // dQ = dS K
 #pragma unroll
       for (int i = 0; i < kKeys / 16; i++) {
-        wgmma<kSpec.dtype, true, true>(dq, advance(ds_columns, i * 2048),
-                                       advance(k_columns, x * kKeys * 128 + i * 2048), i != 0);
+        wgmma<kSpec.dtype, true, true>(dq, descriptor_after(ds_columns, i * 2048),
+                                       descriptor_after(k_columns, x * kKeys * 128 + i * 2048), i != 0);
       }
       wgmma_commit();
     };
@@ -178,8 +178,8 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     for (int x = 0; x < kValueBlocks; x++) {  // dV^T += dO^T P
 #pragma unroll
       for (int i = 0; i < kQueries / 16; i++) {
-        wgmma<kSpec.dtype, true, false>(dv[x], advance(dout_columns, x * kQueries * 128 + i * 2048),
-                                        advance(p_rows, i * 32), true);
+        wgmma<kSpec.dtype, true, false>(dv[x], descriptor_after(dout_columns, x * kQueries * 128 + i * 2048),
+                                        descriptor_after(p_rows, i * 32), true);
       }
     }
     wgmma_commit();
@@ -237,8 +237,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
 extern "C" __global__ void __launch_bounds__(384, 1)
     sm90_backward_wide(const __grid_constant__ jf::Sm90BackwardArgs args) {
   using namespace jf;
-  extern __shared__ unsigned char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
   if (threadIdx.x == 0) init_rings(shared);
   // dS of the step before the first, and its Q if there is no first: see issue_dk.
   for (int i = threadIdx.x; i < sizeof shared.q[1] / 16; i += 384) {

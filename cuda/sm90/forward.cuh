@@ -258,8 +258,7 @@ JF_DEVICE void zero_values(u32 v, int from, int group) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   for (int i = thread; i < kValueAtoms * (kKeys - from) * 8; i += 128) {
     const int row = from + i / 8 % (kKeys - from), atom = i / 8 / (kKeys - from);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v + (atom * kKeys + row) * 128 + i % 8 * 16), "r"(0)
-                 : "memory");
+    store_zeros_16(v + (atom * kKeys + row) * 128 + i % 8 * 16);
   }
   async_fence();
   named_sync(1 + kGroups + group, 128);
@@ -589,7 +588,6 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
 extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
     sm90_forward(const __grid_constant__ jf::Sm90ForwardArgs args) {
   using namespace jf;
-  extern __shared__ unsigned char dynamic_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
   const int warpgroup = static_cast<int>(threadIdx.x) / 128, warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) {

@@ -137,14 +137,6 @@ JF_DEVICE u32 rows_low(u32 address) { return address / 16 | 1u << 16; }
 JF_DEVICE u32 values_low(u32 address) { return address / 16 | (kHead * kValueChunk / 16) << 16; }
 JF_DEVICE u64 descriptor(u32 low, u32 high) { return static_cast<u64>(high) << 32 | low; }
 
-// The same value, of unknown origin: what is computed from it stays where it is written, instead of in registers that
-// live through the loop.
-template <class T>
-JF_DEVICE T afresh(T x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // S = Q K^T of 64 queries. q, k: low halves of descriptors.
 JF_DEVICE void scores(float (&s)[kScores], u32 q, u32 k) {
   q = afresh(q);
@@ -167,33 +159,6 @@ JF_DEVICE void accumulate(float (&o)[kOutputs], const u32 (&p)[kScores / 4], u32
 // First scale of a head.
 JF_DEVICE const float* scales_of(const float* scales, int b, int heads, int head, int blocks) {
   return scales + (static_cast<long long>(b) * heads + head) * blocks;
-}
-
-// Arithmetic in program order. The compiler's own order puts each conversion right behind its exponentials, and the
-// warp waits for every one of them.
-JF_DEVICE float fma_ordered(float a, float b, float c) {
-  float y;
-  asm volatile("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
-  return y;
-}
-JF_DEVICE float add_ordered(float a, float b) {
-  float y;
-  asm volatile("add.rn.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
-JF_DEVICE float exp2_ordered(float x) {
-  float y;
-  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-JF_DEVICE u32 pack_e4m3_ordered(const float* x) {
-  u32 r;
-  asm volatile(
-      "{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}"
-      : "=r"(r)
-      : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
-  return r;
 }
 
 struct Fp8Softmax {
@@ -510,7 +475,6 @@ struct Consumer {
 extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
     sm90_forward_fp8(const __grid_constant__ jf::Sm90Fp8Args args) {
   using namespace jf;
-  extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
   if (threadIdx.x == 0) {
     shared.items[0] = blockIdx.x;

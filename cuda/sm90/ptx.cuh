@@ -2,12 +2,10 @@
 // addresses are 32-bit (`shared_address`), so that a ring's slot is base + stage * size. What each means: the PTX ISA's
 // pages of that name.
 #pragma once
-#include "pieces/math.cuh"
+#include "sm90/descriptors.cuh"
 #include "tensor_map.h"
 
 namespace jf {
-
-JF_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // mbarriers: a phase ends when `arrivals` threads arrived and all expected bytes came. wait(parity) returns once the
 // phase of that parity has ended; before the first phase ends, wait(1) returns at once.
@@ -91,12 +89,6 @@ template <int kPending>
 JF_DEVICE void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
-// Adds to four floats in global memory (16-byte aligned), without waiting.
-JF_DEVICE void global_add(float* to, float4 x) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
-               "f"(x.w)
-               : "memory");
-}
 // Flags between blocks: what happened before pass_flag, in this thread or in those it has synchronised with, is visible
 // after await_flag has seen its value.
 JF_DEVICE void await_flag(const int* flag, int value) {
@@ -108,17 +100,14 @@ JF_DEVICE void await_flag(const int* flag, int value) {
 JF_DEVICE void pass_flag(int* flag, int value) {
   asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
+JF_DEVICE void store_zeros_16(u32 to) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+}
 // Orders this thread's ordinary writes to shared memory before later reads by TMA and wgmma (after a barrier,
 // anyone's).
 JF_DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Four 8 x 8 tiles of 16-bit elements; lane l gives the address of row l % 8 of tile l / 8.
-JF_DEVICE void load_matrix(u32* r, u32 row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(row)
-               : "memory");
-}
+// The other way: four tiles of registers to rows in shared memory.
 JF_DEVICE void store_matrix(u32 row, u32 r0, u32 r1, u32 r2, u32 r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r0), "r"(r1), "r"(r2),
                "r"(r3)
@@ -134,24 +123,6 @@ JF_DEVICE void store_matrix_transposed(u32 row, u32 r0, u32 r1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(r0), "r"(r1)
                : "memory");
 }
-
-// Operands of wgmma in shared memory, as TMA writes them with the 128-byte swizzle: atoms of 8 rows x 128 bytes, rows
-// packed. K-major: the product sums along the 128 bytes. A step along K adds its bytes to the address.
-JF_DEVICE u64 descriptor_k_major(u32 address) {
-  return static_cast<u64>((address & 0x3ffff) >> 4) | 1ull << 16 | static_cast<u64>(1024 >> 4) << 32 | 1ull << 62;
-}
-// MN-major (16-bit types): the product sums along the rows; the next 64 columns lie `column_stride` bytes on. A step of
-// 16 along K adds 16 rows to the address.
-JF_DEVICE u64 descriptor_mn_major(u32 address, u32 column_stride) {
-  return static_cast<u64>((address & 0x3ffff) >> 4) | static_cast<u64>(column_stride >> 4) << 16 |
-         static_cast<u64>(1024 >> 4) << 32 | 1ull << 62;
-}
-// The descriptor of what lies `bytes` further on. Cheaper than a new one: an addition to its low word.
-JF_DEVICE u64 descriptor_after(u64 descriptor, u32 bytes) {
-  return (descriptor & ~0xffffffffull) | (static_cast<u32>(descriptor) + (bytes >> 4));
-}
-// Where 16-byte chunk `chunk` (0 to 7) of row `row` stands in such a tile.
-JF_DEVICE u32 swizzled_offset(u32 row, u32 chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 // Before the first wgmma of a batch, when registers it touches were written by ordinary instructions.
 JF_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -171,6 +142,33 @@ JF_DEVICE void pin(T (&registers)[N]) {
       asm volatile("" : "+r"(registers[i])::"memory");
     }
   }
+}
+
+// Arithmetic in program order. The compiler's own order puts each conversion right behind its exponentials, and the
+// warp waits for every one of them.
+JF_DEVICE float fma_ordered(float a, float b, float c) {
+  float y;
+  asm volatile("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+  return y;
+}
+JF_DEVICE float add_ordered(float a, float b) {
+  float y;
+  asm volatile("add.rn.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+JF_DEVICE float exp2_ordered(float x) {
+  float y;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+JF_DEVICE u32 pack_e4m3_ordered(const float* x) {
+  u32 r;
+  asm volatile(
+      "{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}"
+      : "=r"(r)
+      : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
+  return r;
 }
 
 // wgmma: d (64 x N, N = 2 * size of d) (+)= A B, A 64 x K from shared memory or registers, B K x N from shared memory,

@@ -7,7 +7,6 @@
 // and score gradients are exactly 0, whatever its vectors hold. On the way, clears the sums that will become dq, and
 // the counter from which blocks draw their work. Grid: x over (batch entry, head), y over tiles of kRows rows; kLanes
 // lanes read one row, 16 bytes each, all loads of a thread ahead of the first use.
-#include "pieces/dependency.cuh"
 #include "pieces/mask.cuh"
 #include "support/delta.h"
 

@@ -4,7 +4,6 @@
 // as 16 bytes: [batch, head, 64 queries, 8 elements] blocks of 128 threads x 4, where thread 32 w + 4 r + c holds rows
 // 16 w + r and 16 w + r + 8, columns 2 c and 2 c + 1.
 // Grid: x over (batch entry, head), y over 64 queries; a thread makes 8 elements of two rows.
-#include "pieces/dependency.cuh"
 #include "pieces/fragment.cuh"
 #include "support/dq.h"
 

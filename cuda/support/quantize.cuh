@@ -41,10 +41,7 @@ __constant__ const Signs kSigns = make_signs();
 
 // A pair of values bounded by 2^60; NaN stays NaN. No float16 is larger.
 JF_DEVICE u32 bounded(u32 pair) {
-  if constexpr (kSpec.dtype == DType::kBF16) {
-    asm("{\nmin.NaN.bf16x2 %0, %0, %1;\nmax.NaN.bf16x2 %0, %0, %2;\n}" : "+r"(pair) : "r"(0x5d805d80), "r"(0xdd80dd80));
-  }
-  return pair;
+  return kSpec.dtype == DType::kBF16 ? clamp_bf16x2(pair, 0xdd80dd80, 0x5d805d80) : pair;
 }
 
 struct Place {
@@ -81,15 +78,6 @@ JF_DEVICE void rotate(float (&x)[8 * kRuns], const Place& at) {
   }
 }
 
-JF_DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
-  u32 r;
-  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}"
-      : "=r"(r)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return r;
-}
-
 // What this thread block does.
 struct Chunk {
   int entry, head, block0;  // first scale block
@@ -104,7 +92,7 @@ JF_DEVICE Chunk chunk_of(const QuantizeArray& array, int index) {
 template <int kSize, bool kRotate, int kGrowth, bool kTranspose, bool kLengths>
 JF_DEVICE void quantize(const QuantizeArray& array, int index) {
   __shared__ float largest_of_warp[kThreads / 32];
-  __shared__ alignas(16) unsigned char values[kTranspose ? kBlocksPerChunk * kScaleBlock * kPadded : 1];
+  alignas(16) __shared__ unsigned char values[kTranspose ? kBlocksPerChunk * kScaleBlock * kPadded : 1];
   const Chunk chunk = chunk_of(array, index);
   const int thread = threadIdx.x;
   const Place at{thread % kLanes, thread / kHead, thread % kHead / kLanes};
