@@ -1,6 +1,6 @@
 PYTHON ?= python3
 SOURCES = jax_flash tests tools examples benchmarks
-CPP = $(wildcard bindings/*.cc bindings/*.h bindings/kernels/*.cc bindings/kernels/*.h) $(shell find cuda -name '*.h' -o -name '*.cuh')
+CPP = $(wildcard bindings/*.cc bindings/*.h bindings/kernels/*.cc bindings/kernels/*.h) $(shell find cuda tests -name '*.h' -o -name '*.cuh' -o -name '*.cc')
 
 .PHONY: help native test lint format bench resources sass sanitize fuzz docs
 

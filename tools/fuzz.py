@@ -3,6 +3,7 @@
     python tools/fuzz.py                       2,000 calls, spread over one process per core
     python tools/fuzz.py --first 317 --count 1 one call again, by its number
     python tools/fuzz.py --kernels sm80        with one family of kernels only
+    python tools/fuzz.py --emulate 90          on emulated GPUs of that architecture (tests/emulation.py): no GPU needed
 
 Values and all gradients must be as exact as plain attention in the same dtype (tests/cases.py has the bound). Calls
 come in groups that share kernels and differ in sizes and numbers, since compiling takes most of the time.
@@ -63,6 +64,13 @@ def run(number: int) -> str:
     return ""
 
 
+def start_process(arch: int | None) -> None:
+    if arch is not None:
+        import emulation
+
+        emulation.start(arch)
+
+
 def run_groups(groups: list[int], first: int, end: int) -> list[str]:
     numbers = (
         number for group in groups for number in range(group * GROUP, (group + 1) * GROUP) if first <= number < end
@@ -76,6 +84,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--kernels", default="", help="family of kernels (JAX_FLASH_KERNELS)")
+    parser.add_argument("--emulate", type=int, metavar="ARCH", help="80 or 90")
     arguments = parser.parse_args()
 
     if arguments.kernels:
@@ -87,7 +96,8 @@ def main() -> int:
     start, failures = time.monotonic(), 0
     first, end = arguments.first, arguments.first + arguments.count
     groups = [[group] for group in range(first // GROUP, (end - 1) // GROUP + 1)]
-    with multiprocessing.get_context("spawn").Pool(min(arguments.workers, len(groups))) as pool:
+    workers = min(arguments.workers, len(groups))
+    with multiprocessing.get_context("spawn").Pool(workers, start_process, (arguments.emulate,)) as pool:
         for task in [pool.apply_async(run_groups, (group, first, end)) for group in groups]:
             for failure in task.get():
                 failures += 1

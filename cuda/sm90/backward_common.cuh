@@ -95,20 +95,23 @@ JF_DEVICE KeyTile key_tile_of(const Sm90BackwardArgs& args, int work) {
   return tile;
 }
 
-// The producer's: this block's first item of work, and the one after `work`, -1 if there is none.
+// The producer's: this block's first item of work, and the one after `work`; -1 if there is none (others may have drawn
+// all of it before this block's first draw).
+JF_DEVICE int work_or_end(const Sm90BackwardArgs& args, int work) {
+  return work < args.problem.batch * args.problem.kv_heads * args.key_tiles ? work : -1;
+}
 JF_DEVICE int first_work(const Sm90BackwardArgs& args) {
-  if constexpr (kTurns) return atomicAdd(args.counter, 1);
+  if constexpr (kTurns) return work_or_end(args, atomicAdd(args.counter, 1));
   return kOwnDq ? blockIdx.x * args.key_tiles : blockIdx.x;
 }
 JF_DEVICE int next_work(const Sm90BackwardArgs& args, int work) {
-  int next = -1;
   if constexpr (kOwnDq) {
-    next = work + 1;
-    if (next % args.key_tiles == 0) next += (gridDim.x - 1) * args.key_tiles;
+    const int next = work + 1;
+    return work_or_end(args, next % args.key_tiles == 0 ? next + (gridDim.x - 1) * args.key_tiles : next);
   } else if constexpr (kPersistent) {
-    next = (kTurns ? 0 : gridDim.x) + atomicAdd(args.counter, 1);
+    return work_or_end(args, (kTurns ? 0 : gridDim.x) + atomicAdd(args.counter, 1));
   }
-  return next < args.problem.batch * args.problem.kv_heads * args.key_tiles ? next : -1;
+  return -1;
 }
 
 // Everyone else's: what lies in a slot of K and V that is full.
