@@ -15,28 +15,31 @@ int RoundUp(int value, int step) { return (value + step - 1) / step * step; }
 
 bool Masks(const Spec& spec) { return spec.causal || spec.window_left || spec.window_right || spec.segment_ids; }
 
-// How many registers a feature takes from the scores, in columns of 16 keys: measured, so that no variant spills.
-int FeatureColumns(const Spec& spec) {
-  return 3 * spec.bias() + 2 * spec.mask + 2 * (spec.segment_ids && spec.head_dim <= 192) + 2 * spec.softcap +
-         (spec.sinks && (spec.q_lengths || spec.kv_lengths));
+// Registers that features take from the scores, in columns of 16 keys: measured, so that no variant spills. `tight`:
+// plain scores leave none.
+int FeatureColumns(const Spec& spec, int head, bool slim) {
+  const bool tight = head > 192 || (head > 96 && head <= 128);
+  const int several = spec.bias() + spec.mask + spec.segment_ids + spec.softcap > 1 ? (head <= 128 ? 2 : 3) : 0;
+  return several + (tight && spec.bias()) + (slim && head <= 64 && spec.softcap);
 }
 
 // Three consumer warpgroups where a row's registers allow it, else two.
 Sm90ForwardTiles ChooseTiles(const Call& call) {
   const Spec& spec = call.spec;
-  const int head = std::max(spec.head_dim, spec.value_dim), columns = FeatureColumns(spec);
+  const int head = std::max(spec.head_dim, spec.value_dim);
   const bool slim = !spec.bias() && !spec.mask && !spec.segment_ids;
+  const int columns = FeatureColumns(spec, head, slim);
   const bool dynamic = Masks(spec) || spec.q_lengths || spec.kv_lengths;
   Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, 0};
   if (head <= 96) {
     if (slim) tiles.rows = 192;
     if (slim && spec.causal && head <= 64) tiles.stages = 3;  // groups drift apart at the diagonal
     if (head > 64) {
-      tiles.keys = slim ? 96 : 112;
+      tiles.keys = slim || spec.mask ? 96 : 112;
       tiles.q_stages = 1;
     }
   } else if (head <= 128) {
-    tiles.q_registers = columns == 0;
+    tiles.q_registers = slim && !spec.softcap;
     tiles.q_stages = tiles.q_registers ? 1 : 2;
   } else {
     tiles.keys = head <= 192 ? 96 : 80;

@@ -92,7 +92,7 @@ struct IdBounds {
 }  // namespace jf
 
 #ifdef __CUDACC__
-#include "pieces/fragment.cuh"
+#include "pieces/dense.cuh"
 
 namespace jf {
 
@@ -132,8 +132,22 @@ JF_DEVICE Segments segments_of(const Problem& p, const Features& f, const CallBa
           band.kv_end};
 }
 
-// Pairs past the ends stay as they are: the band hides them.
-template <bool kTransposed, int N>
+template <bool kTransposed, int N, class IdsOfPair>
+JF_DEVICE void hide_unequal(float (&s)[N], const Fragment<kTransposed>& at, const int (&row_id)[2], IdsOfPair ids) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const int2 pair = ids(at.column_of(i));
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      if (pair.x != row_id[r]) s[i + 2 * r] = -infinity();
+      if (pair.y != row_id[r]) s[i + 2 * r + 1] = -infinity();
+    }
+  }
+}
+
+// Pairs past the ends stay as they are: the band hides them. kInPairs: reads two ids at a time where they lie so, which
+// takes fewer registers for many columns and more for few.
+template <bool kInPairs = true, bool kTransposed, int N>
 JF_DEVICE void hide_other_segments(float (&s)[N], const Fragment<kTransposed>& at, const Segments& segments) {
   const int* row_ids = kTransposed ? segments.kv_ids : segments.q_ids;
   const int* column_ids = kTransposed ? segments.q_ids : segments.kv_ids;
@@ -142,32 +156,30 @@ JF_DEVICE void hide_other_segments(float (&s)[N], const Fragment<kTransposed>& a
   int id[2];
 #pragma unroll
   for (int r = 0; r < 2; r++) id[r] = __ldg(row_ids + min(at.row[r], rows - 1));
-#pragma unroll
-  for (int i = 0; i < N; i += 4) {
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-      const int column_id = __ldg(column_ids + min(at.column_of(i) + c, columns - 1));
-      if (column_id != id[0]) s[i + c] = -infinity();
-      if (column_id != id[1]) s[i + 2 + c] = -infinity();
-    }
+  if (kInPairs && (reinterpret_cast<u64>(column_ids) | 4 * columns) % 8 == 0) {
+    hide_unequal(s, at, id, [&](int column) {
+      return __ldg(reinterpret_cast<const int2*>(column_ids + min(column, columns - 2)));
+    });
+  } else {
+    hide_unequal(s, at, id, [&](int column) {
+      return int2{__ldg(column_ids + min(column, columns - 1)), __ldg(column_ids + min(column + 1, columns - 1))};
+    });
   }
 }
 
-// Offset of the first element of one (batch entry, head) of a mask or bias.
-JF_DEVICE long long dense_offset(const Dense& dense, int b, int head) {
-  return dense.batch(b) * dense.batch_stride + head * dense.head_stride;
+// Masks hold 0 or 1: two of them hide registers i and i + 1.
+template <int N>
+JF_DEVICE void hide_masked(float (&s)[N], int i, unsigned short two) {
+#pragma unroll
+  for (int c = 0; c < 2; c++) {
+    if (!Words<1>::part(two, c)) s[i + c] = -infinity();
+  }
 }
 
-// `mask` points at the (batch entry, head); pairs outside [q_len, kv_len] are not read: the band hides them.
 template <bool kTransposed, int N>
-JF_DEVICE void hide_masked(float (&s)[N], const Fragment<kTransposed>& at, const Problem& p, const Dense& mask, int b,
+JF_DEVICE void hide_masked(float (&s)[N], const Fragment<kTransposed>& at, const Problem& p, const Features& f, int b,
                            int head) {
-  const unsigned char* data = static_cast<const unsigned char*>(mask.data) + dense_offset(mask, b, head);
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    const int q = min(at.query(i), p.q_len - 1), k = min(at.key(i), p.kv_len - 1);
-    if (!__ldg(data + q * mask.q_stride + k * mask.k_stride)) s[i] = -infinity();
-  }
+  for_each_pair<1, N>(plane_of<1>(p, f.mask, b, head), at, [&](int i, unsigned short two) { hide_masked(s, i, two); });
 }
 
 }  // namespace jf

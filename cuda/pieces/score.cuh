@@ -16,65 +16,97 @@ constexpr bool kPlainScores = !kSpec.softcap && !kSpec.alibi && !kSpec.bias();
 struct Score {
   float unit;  // from what the softmax reads to log2 units
   float scale_log2;
-  float cap_in, cap_log2;  // tanh argument: raw * cap_in * 2 log2 e; softcap in log2 units
+  float cap_in, cap_log2;  // from raw to the argument of tanh; softcap in log2 units
   float slope_log2;
   int offset;
-  const void* bias;  // first element of this batch entry and head
-  long long q_stride, k_stride;
-  int q_len, kv_len;  // no bias is read past these
+  Plane bias;
 };
+
+constexpr int kBiasBytes = kSpec.bias_dtype == DType::kF32 ? 4 : 2;
 
 JF_DEVICE Score score_of(const Problem& p, const Features& f, int b, int head) {
   Score score{};
   score.scale_log2 = p.scale * kLog2E;
   score.unit = kPlainScores ? score.scale_log2 : 1.f;
   if constexpr (kSpec.softcap) {
-    score.cap_in = 2.f * kLog2E * p.scale / p.softcap;
+    score.cap_in = p.scale / p.softcap;
     score.cap_log2 = p.softcap * kLog2E;
   }
   if constexpr (kSpec.alibi) {
     score.slope_log2 = row_of<float>(f.alibi_slopes, b, p.q_heads)[head] * kLog2E;
     score.offset = q_offset_of(f, b);
   }
-  if constexpr (kSpec.bias()) {
-    constexpr int kBytes = kSpec.bias_dtype == DType::kF32 ? 4 : 2;
-    score.bias = static_cast<const char*>(f.bias.data) + dense_offset(f.bias, b, head) * kBytes;
-    score.q_stride = f.bias.q_stride;
-    score.k_stride = f.bias.k_stride;
-    score.q_len = p.q_len;
-    score.kv_len = p.kv_len;
-  }
+  if constexpr (kSpec.bias()) score.bias = plane_of<kBiasBytes>(p, f.bias, b, head);
   return score;
 }
 
-// tanh by the exact identity 1 - 2 / (1 + e^2y): absolute error near 1e-7, where tanh.approx has 5e-4.
-JF_DEVICE float tanh_from(float two_y_log2) { return 1.f - 2.f * reciprocal(1.f + exp2_fast(two_y_log2)); }
+// By the exact identity 1 - 2 / (1 + e^2y): absolute error near 1e-7, where tanh.approx has 5e-4.
+JF_DEVICE float tanh_exact(float y) { return 1.f - 2.f * reciprocal(1.f + exp2_fast(2.f * kLog2E * y)); }
 
-// Raw products become logits in log2 units; d(logit) / d(scale * raw) goes to `derivative` if there is a softcap (else
-// it is 1).
+// For |y| <= kNearZero, relative error under 6e-7, on the FMA units alone.
+constexpr float kNearZero = 0.75f;
+JF_DEVICE float tanh_near(float y) {
+  const float u = y * y;
+  return y *
+         fmaf(fmaf(fmaf(fmaf(0.0129296316f, u, -0.0500563018f), u, 0.132589832f), u, -0.333282515f), u, 0.999999435f);
+}
+
+template <bool kNear, bool kDerivative, int N, int M>
+JF_DEVICE void cap_all(float (&s)[N], float (&derivative)[M], const Score& score) {
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const float y = s[i] * score.cap_in, t = kNear ? tanh_near(y) : tanh_exact(y);
+    if constexpr (kDerivative) derivative[i] = fmaf(-t, t, 1.f);
+    s[i] = t * score.cap_log2;
+  }
+}
+
+// Most tiles have no score near the cap: then nothing waits for the special-function units.
+template <bool kDerivative, int N, int M>
+JF_DEVICE void cap_scores(float (&s)[N], float (&derivative)[M], const Score& score) {
+  float largest = 0.f;
+#pragma unroll
+  for (int i = 0; i < N; i++) largest = fmaxf(largest, fabsf(s[i]));
+  if (__any_sync(~0u, largest * score.cap_in > kNearZero)) {
+    cap_all<false, kDerivative>(s, derivative, score);
+  } else {
+    cap_all<true, kDerivative>(s, derivative, score);
+  }
+}
+
+JF_DEVICE float bias_value(unsigned short bits) { return to_float<kSpec.bias_dtype>(bits); }
+JF_DEVICE float bias_value(u32 bits) { return __int_as_float(bits); }
+
+// Two values of the bias to registers i and i + 1.
+template <int N>
+JF_DEVICE void add_bias(float (&s)[N], int i, typename Words<kBiasBytes>::Two two) {
+#pragma unroll
+  for (int c = 0; c < 2; c++) s[i + c] = fmaf(bias_value(Words<kBiasBytes>::part(two, c)), kLog2E, s[i + c]);
+}
+
+// Raw products become logits in log2 units, but for the bias; d(logit) / d(scale * raw) goes to `derivative` if there
+// is a softcap (else it is 1).
+template <bool kDerivative, bool kTransposed, int N, int M>
+JF_DEVICE void transform_unbiased(float (&s)[N], float (&derivative)[M], const Fragment<kTransposed>& at,
+                                  const Score& score) {
+  static_assert(!(kDerivative && kSpec.softcap) || N == M, "one derivative a score");
+  if constexpr (kSpec.softcap) cap_scores<kDerivative>(s, derivative, score);
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    if constexpr (!kSpec.softcap && !kPlainScores) s[i] *= score.scale_log2;
+    if constexpr (kSpec.alibi) {
+      const int distance = at.query(i) + score.offset - at.key(i);
+      s[i] = fmaf(-score.slope_log2, fabsf(static_cast<float>(distance)), s[i]);
+    }
+  }
+}
+
 template <bool kDerivative, bool kTransposed, int N, int M>
 JF_DEVICE void transform_scores(float (&s)[N], float (&derivative)[M], const Fragment<kTransposed>& at,
                                 const Score& score) {
-  static_assert(!(kDerivative && kSpec.softcap) || N == M, "one derivative a score");
-  if constexpr (!kPlainScores) {
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      if constexpr (kSpec.softcap) {
-        const float t = tanh_from(s[i] * score.cap_in);
-        if constexpr (kDerivative) derivative[i] = fmaf(-t, t, 1.f);
-        s[i] = t * score.cap_log2;
-      } else {
-        s[i] *= score.scale_log2;
-      }
-      if constexpr (kSpec.alibi) {
-        const int distance = at.query(i) + score.offset - at.key(i);
-        s[i] = fmaf(-score.slope_log2, fabsf(static_cast<float>(distance)), s[i]);
-      }
-      if constexpr (kSpec.bias()) {
-        const int q = min(at.query(i), score.q_len - 1), k = min(at.key(i), score.kv_len - 1);
-        s[i] = fmaf(load_float<kSpec.bias_dtype>(score.bias, q * score.q_stride + k * score.k_stride), kLog2E, s[i]);
-      }
-    }
+  transform_unbiased<kDerivative>(s, derivative, at, score);
+  if constexpr (kSpec.bias()) {
+    for_each_pair<kBiasBytes, N>(score.bias, at, [&](int i, Words<kBiasBytes>::Two two) { add_bias(s, i, two); });
   }
 }
 

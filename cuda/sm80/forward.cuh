@@ -196,7 +196,8 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
   const Score score = score_of(problem, args.features, work.batch, work.head);
   const auto mask = [&](float (&s)[kKeys / 2], const Fragment<false>& at) {
     hide_outside_band(s, at, keys_band);
-    if constexpr (kSpec.segment_ids) hide_other_segments(s, at, segments_of(problem, args.features, band, work.batch));
+    if constexpr (kSpec.segment_ids)
+      hide_other_segments<false>(s, at, segments_of(problem, args.features, band, work.batch));
   };
   const auto interior = [&](int n) {
     if (!keys_band.interior(query0, queries, n * kKeys, kKeys)) return false;
@@ -233,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
       Fragment<false> at = warp_fragment<false>(work.row0 + warp_row + 16 * m, n * kKeys);
       if constexpr (kTiles.packed) at.row[0] /= work.group, at.row[1] /= work.group;
       transform_scores(s[m], at, score);
-      if constexpr (kSpec.mask) hide_masked(s[m], at, problem, args.features.mask, work.batch, work.head);
+      if constexpr (kSpec.mask) hide_masked(s[m], at, problem, args.features, work.batch, work.head);
       if (!inside) mask(s[m], at);
       float rescale[2];
       softmax[m].step<false>(s[m], rescale, score.unit);

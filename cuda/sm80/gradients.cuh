@@ -46,7 +46,7 @@ JF_DEVICE void score_gradients(float (&s)[N], float (&dp)[N], const Fragment<fal
   }
   float derivative[kOfProduct && kSpec.softcap ? N : 1];
   transform_scores<kOfProduct>(s, derivative, at, h.score);
-  if constexpr (kSpec.mask) hide_masked(s, at, p, f.mask, h.batch, h.head);
+  if constexpr (kSpec.mask) hide_masked(s, at, p, f, h.batch, h.head);
   if (!interior) {
     hide_outside_band(s, at, h.band);
     if constexpr (kSpec.segment_ids) hide_other_segments(s, at, segments_of(p, f, h.band, h.batch));

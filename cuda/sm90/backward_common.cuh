@@ -251,7 +251,7 @@ JF_DEVICE void make_logits(float (&s)[N], float (&derivative)[M], const Fragment
       hide_other_segments(s, at, segments_of(args.problem, args.features, tile.band, tile.batch));
     }
   }
-  if constexpr (kSpec.mask) hide_masked(s, at, args.problem, args.features.mask, tile.batch, head);
+  if constexpr (kSpec.mask) hide_masked(s, at, args.problem, args.features, tile.batch, head);
 }
 // Adds a warpgroup's 64 queries x 64 elements of dq to those of the earlier key tiles; see support/dq.cuh for the
 // order.

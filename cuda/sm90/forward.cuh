@@ -364,6 +364,19 @@ JF_DEVICE void write(const Sm90ForwardArgs& args, const Work& work, int warp_row
   }
 }
 
+constexpr bool kRoomy = kHeadAtoms < 4 && kValueAtoms < 4;  // O leaves registers
+
+struct TileIds {
+  IdBounds q, kv;
+};
+
+// What the logits of a key tile read from global memory: on its way while the products run.
+struct Fetched {
+  DenseTile<kBiasBytes, kKeys / 2> bias;
+  DenseTile<1, kKeys / 2> mask;
+  TileIds ids;
+};
+
 JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
   const int warp_row = group * 64 + static_cast<int>(threadIdx.x) / 32 % 4 * 16;
   const Problem& problem = args.problem;
@@ -448,24 +461,46 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
         uniform(work->band.interior_tiles((work->row0 + group * 64) / kTiles.packed, 64 / kTiles.packed, kKeys));
     Softmax softmax;
     float rescale[2];
+    Plane mask;
+    if constexpr (kSpec.mask) mask = plane_of<1>(problem, args.features.mask, work->batch, work->head);
 
-    const auto logits = [&](int n) {  // raw scores of key tile n become logits, -inf where masked
+    const auto fragment = [&](int n) {
       Fragment<false> at = warp_fragment<false>(work->row0 + warp_row, n * kKeys);
       if constexpr (kTiles.packed > 1) at.row[0] /= kTiles.packed, at.row[1] /= kTiles.packed;
-      transform_scores(s, at, score);
-      if constexpr (kSpec.mask) hide_masked(s, at, problem, args.features.mask, work->batch, work->head);
+      return at;
+    };
+    const auto fetch_ids = [&](int n) {
+      const SegmentTiles& segments = args.segments;
+      const long long batch = work->batch;
+      return TileIds{segments.q_bounds[batch * args.tiles + work->row0 / kRows],
+                     segments.kv_bounds[batch * ceil_div(problem.kv_len, kKeys) + n]};
+    };
+    const auto fetch = [&](int n) {
+      Fetched fetched;
+      if constexpr (kSpec.bias()) fetched.bias.load(score.bias, fragment(n));
+      if constexpr (kSpec.mask) fetched.mask.load(mask, fragment(n));
+      if constexpr (kSpec.segment_ids && kRoomy) fetched.ids = fetch_ids(n);
+      return fetched;
+    };
+    const auto logits = [&](int n,
+                            const Fetched& fetched) {  // raw scores of key tile n become logits, -inf where masked
+      const Fragment<false> at = fragment(n);
+      float none[1];
+      transform_unbiased<false>(s, none, at, score);
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; i += 2) {
+        if constexpr (kSpec.bias()) add_bias(s, i, fetched.bias.words[i / 2]);
+        if constexpr (kSpec.mask) hide_masked(s, i, fetched.mask.words[i / 2]);
+      }
       if (n < inside.begin || n >= inside.end) {
         CallBand band = work->band;
         band.q_end = kFar;  // rows past the end compute like the others and are dropped by the store
         hide_outside_band(s, at, band);
       }
       if constexpr (kSpec.segment_ids) {
-        const SegmentTiles& segments = args.segments;
-        const IdBounds q_ids = segments.q_bounds[static_cast<long long>(work->batch) * args.tiles + work->row0 / kRows];
-        const IdBounds kv_ids =
-            segments.kv_bounds[static_cast<long long>(work->batch) * ceil_div(problem.kv_len, kKeys) + n];
-        if (!q_ids.same_single_id(kv_ids)) {
-          hide_other_segments(s, at, segments_of(problem, args.features, work->band, work->batch));
+        const TileIds ids = kRoomy ? fetched.ids : fetch_ids(n);
+        if (!ids.q.same_single_id(ids.kv)) {
+          hide_other_segments<kRoomy>(s, at, segments_of(problem, args.features, work->band, work->batch));
         }
       }
     };
@@ -484,7 +519,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     int n = keys.end - 1;
     release(shared.k_free, ring.slot);
     if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring.slot);
-    logits(n);
+    logits(n, fetch(n));
     // Keys of the second half of the diagonal's tile that no row of the group sees cost no exponentials.
     if (kDiagonal && uniform(seen_by_group(*work).end) <= n * kKeys + kKeys / 2) {
       softmax.template step<true>(reinterpret_cast<float (&)[kKeys / 4]>(s), rescale, score.unit);
@@ -506,6 +541,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     bool accumulate = false;
     while (--n >= keys.begin) {
       const Ring<kStages> next = ring.next();
+      const Fetched fetched = fetch(n);
       barrier_wait(barrier_of(shared.v_full, ring.slot), ring.parity);
       barrier_wait(barrier_of(shared.k_full, next.slot), next.parity);
       wait_turn();
@@ -518,7 +554,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       pin(s);
       release(shared.k_free, next.slot);
       if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring.slot);
-      logits(n);
+      logits(n, fetched);
       softmax.template step<false>(s, rescale, score.unit);
       drop(n);
       pin(s);

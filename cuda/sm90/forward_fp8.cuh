@@ -354,7 +354,7 @@ struct Consumer {
 #pragma unroll
         for (int b = 0; b < kBlocks; b++) scales[b].unit = 1.f;
       }
-      if constexpr (kSpec.mask) hide_masked(s, at, problem, args.features.mask, item.batch, item.head);
+      if constexpr (kSpec.mask) hide_masked(s, at, problem, args.features, item.batch, item.head);
       if (!interior(n)) {
         hide_outside_band(s, at, keys_band);
         if constexpr (kSpec.segment_ids) {

@@ -27,6 +27,9 @@ struct float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct int2 {
+  int x, y;
+};
 struct uint2 {
   unsigned x, y;
 };
