@@ -81,6 +81,28 @@ def test_few_queries_of_many_keys(q_len, features):
     check(case)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("features", [(), ("q_offset", "dlse")], ids=" ".join)
+@pytest.mark.parametrize("window", [(None, None), (700, 3)])
+def test_many_queries(window, features, deterministic):
+    """Long calls have tiles of their own."""
+    case = cases.Case(
+        batch=(1,),
+        q_len=4205,
+        kv_len=1100 if window[0] else 300,
+        q_heads=2,
+        kv_heads=1,
+        head_dim=64,
+        value_dim=64,
+        scale=0.125,
+        causal=bool(features),
+        window=window,
+        dtype="bfloat16",
+        features=frozenset(features),
+    )
+    check(case, deterministic=deterministic)
+
+
 def test_arrays_shared_by_mapped_calls_equal_copies():
     q, k, v = normal(3, 2, 70, 4, 64), normal(2, 90, 2, 64, seed=1), normal(3, 2, 90, 2, 64, seed=2)
     shared = jax.vmap(kernel, in_axes=(0, None, 0))(q, k, v)

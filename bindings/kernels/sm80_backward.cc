@@ -46,18 +46,21 @@ Sm80BackwardTiles ChooseTiles(const Call& call) {
   const bool crowded = HasScoreFeatures(spec) || spec.segment_ids || spec.q_lengths || spec.kv_lengths;
   struct Choice {
     Sm80BackwardTiles tiles;
-    int largest_head;  // tile
-    bool crowded;      // whether its registers have room for many features
+    int largest_head;    // tile
+    bool crowded;        // whether its registers have room for many features
+    int fewest_queries;  // of a call
   };
   constexpr Choice kTable[] = {
       // queries, keys, head sizes, warps, rows of warps for scores, keys and queries, stages
-      {{64, 64, 0, 0, 4, 2, 2, 2, 2, true}, 64, true},  {{64, 64, 0, 0, 4, 2, 2, 2, 1, true}, 128, false},
-      {{64, 64, 0, 0, 8, 4, 2, 4, 2, true}, 256, true}, {{64, 64, 0, 0, 8, 4, 2, 2, 1, true}, 256, true},
-      {{64, 32, 0, 0, 8, 4, 2, 2, 1, true}, 256, true}, {{32, 32, 0, 0, 4, 2, 2, 2, 1, true}, 256, true},
+      {{128, 64, 0, 0, 4, 2, 2, 2, 2, true}, 64, false, 4096}, {{64, 64, 0, 0, 4, 2, 2, 2, 2, true}, 64, true, 0},
+      {{64, 64, 0, 0, 4, 2, 2, 2, 1, true}, 128, false, 0},    {{64, 64, 0, 0, 8, 4, 2, 4, 2, true}, 256, true, 0},
+      {{64, 64, 0, 0, 8, 4, 2, 2, 1, true}, 256, true, 0},     {{64, 32, 0, 0, 8, 4, 2, 2, 1, true}, 256, true, 0},
+      {{32, 32, 0, 0, 4, 2, 2, 2, 1, true}, 256, true, 0},
   };
   for (Choice choice : kTable) {
     Sm80BackwardTiles& tiles = choice.tiles;
     if (std::max(head_tile, value_tile) > choice.largest_head || (crowded && !choice.crowded)) continue;
+    if (call.problem.q_len < choice.fewest_queries) continue;
     tiles.head_dim = head_tile;
     tiles.value_dim = value_tile;
     if (head_tile == 96 && tiles.warps == 8) tiles.key_rows = tiles.query_rows = 4;
@@ -142,7 +145,7 @@ Planned PlanSm80Backward(const Call& call) {
 
   Plan plan{"sm80_backward"};
   const Sm80BackwardTiles tiles = ChooseTiles(call);
-  const DeltaPass delta = AddDeltaPass(call, 64, &plan);
+  const DeltaPass delta = AddDeltaPass(call, std::max(tiles.queries, 64), &plan);
   const SegmentPass segments = AddSegmentPass(call, tiles.queries, tiles.keys, false, true, &plan);
   const int section = L2Section(call), group = problem.q_heads / problem.kv_heads;
   const unsigned key_tiles = CeilDiv(problem.kv_len, tiles.keys);
