@@ -440,8 +440,9 @@ def _run(call: Call) -> Callable[..., tuple[Any, ...]]:
         mesh = _explicit_mesh(arrays)
         if mesh is not None:
             return _on_explicit_mesh(call, mesh, functools.partial(_per_device, call), arrays)
-        if any(_varying(x) for x in arrays):
-            return _per_device(call, *arrays)  # inside shard_map; custom_partitioning would drop the varying axes
+        # Inside shard_map, custom_partitioning would drop the varying axes; without jit, it meets constants.
+        if any(_varying(x) for x in arrays) or jax.config.jax_disable_jit:
+            return _per_device(call, *arrays)
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
         return _partitioned(call, shapes)(*arrays)
 

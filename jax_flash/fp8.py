@@ -39,7 +39,10 @@ _LEAST_EXPONENT = -50  # of a scale: nor does one vanish
 
 # Position c of a chunk holds key _ORDER[c]: so the registers that hold a tile of p after the first product are already
 # the operand of the second, without any shuffle.
-_ORDER = np.array([2 * (c // 4) + c % 4 if c % 4 < 2 else 8 + 2 * (c // 4) + c % 4 - 2 for c in range(_CHUNK)])
+_ORDER = np.array(
+    [2 * (c // 4) + c % 4 if c % 4 < 2 else 8 + 2 * (c // 4) + c % 4 - 2 for c in range(_CHUNK)],
+    np.int32,  # whether JAX has 64 bits or not
+)
 
 
 class Quantized(NamedTuple):

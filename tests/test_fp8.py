@@ -297,6 +297,15 @@ def test_sizes_of_zero(changes):
     assert out.shape == q.shape and not out.any() and jnp.all(lse == -jnp.inf)
 
 
+def test_modes_of_jax():
+    arrays = qkv(t=3, s=4)
+    out = jf.flash_attention(*arrays, precision=jf.Fp8())
+    for mode in (jax.disable_jit(), jax.enable_x64(True), jax.numpy_rank_promotion("raise")):
+        with mode:
+            np.testing.assert_array_equal(jf.flash_attention(*arrays, precision=jf.Fp8()), out)
+            np.testing.assert_array_equal(jf.quantized_attention(fp8.quantize(*arrays)), out)
+
+
 def test_quantized_attention_under_vmap_and_grad():
     quantized = fp8.quantize(*qkv(t=3, s=4))
     out = jf.quantized_attention(quantized)
