@@ -321,7 +321,7 @@ def test_quantized_attention_by_the_kernel():
     text = attend.trace(quantized).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@jax_flash_forward_fp8") == 1 and "scale = 5.000000e-01" in text
     with pytest.raises(NotImplementedError, match="compiled for cpu"):
-        jf.quantized_attention(quantized, implementation="cuda")
+        attend.trace(quantized).lower(lowering_platforms=("cpu",))
 
 
 def test_program_for_cuda_has_two_calls():
