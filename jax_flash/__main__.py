@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,21 +30,35 @@ class CustomCall(NamedTuple):
     attributes: dict[str, Any]
 
 
+def within(kind: type, least: float, below: float = 2**31) -> Callable[[str], Any]:
+    """The type of an option: numbers of a range."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < below:
+            raise argparse.ArgumentTypeError(f"expected a number from {least} to below {below}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def add_call_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--q-len", type=int, default=4096, metavar="T")
-    parser.add_argument("--kv-len", type=int, metavar="S", help="default: T")
-    parser.add_argument("--heads", type=int, default=16, metavar="N")
-    parser.add_argument("--kv-heads", type=int, metavar="K", help="default: N")
-    parser.add_argument("--head-dim", type=int, default=128, metavar="H")
-    parser.add_argument("--value-dim", type=int, metavar="V", help="default: H")
+    size = within(int, 1)
+    parser.add_argument("--batch", type=size, default=4)
+    parser.add_argument("--q-len", type=size, default=4096, metavar="T")
+    parser.add_argument("--kv-len", type=size, metavar="S", help="default: T")
+    parser.add_argument("--heads", type=size, default=16, metavar="N")
+    parser.add_argument("--kv-heads", type=size, metavar="K", help="default: N")
+    parser.add_argument("--head-dim", type=size, default=128, metavar="H")
+    parser.add_argument("--value-dim", type=size, metavar="V", help="default: H")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="-1: unbounded")
-    parser.add_argument("--softcap", type=float, default=0.0)
-    parser.add_argument("--dropout-rate", type=float, default=0.0)
+    parser.add_argument("--window", type=within(int, -1), nargs=2, metavar=("LEFT", "RIGHT"), help="-1: unbounded")
+    parser.add_argument("--softcap", type=within(float, 0), default=0.0)
+    parser.add_argument("--dropout-rate", type=within(float, 0, 1), default=0.0)
     parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--kv-splits", type=int, default=1, metavar="COUNT")
+    parser.add_argument("--kv-splits", type=size, default=1, metavar="COUNT")
     for operand in ("q-offset", "segment-ids", "q-lengths", "kv-lengths", "mask", "bias", "alibi-slopes", "sinks"):
         parser.add_argument(f"--{operand}", action="store_true", help=f"the call has {operand.replace('-', ' ')}")
     parser.add_argument("--fp8", action="store_true", help="the forward pass quantises to 8 bits")
@@ -53,7 +68,8 @@ def add_call_options(parser: argparse.ArgumentParser) -> None:
 def custom_calls(options: argparse.Namespace) -> list[CustomCall]:
     """The custom calls of one attention and its gradient."""
     kv_len, kv_heads = options.kv_len or options.q_len, options.kv_heads or options.heads
-    value_dim = options.value_dim or options.head_dim
+    # flash_attention fills head sizes up to multiples of 8.
+    head_dim, value_dim = (-(-size // 8) * 8 for size in (options.head_dim, options.value_dim or options.head_dim))
 
     def array(*shape: int, dtype: Any = options.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((options.batch, *shape), jnp.dtype(dtype))
@@ -85,8 +101,8 @@ def custom_calls(options: argparse.Namespace) -> list[CustomCall]:
         dropout_batch=array(dtype="int32") if seeded else None,
         dropout_head=jax.ShapeDtypeStruct((options.heads,), jnp.int32) if seeded else None,
     )
-    q = array(options.q_len, options.heads, options.head_dim)
-    k, v = array(kv_len, kv_heads, options.head_dim), array(kv_len, kv_heads, value_dim)
+    q = array(options.q_len, options.heads, head_dim)
+    k, v = array(kv_len, kv_heads, head_dim), array(kv_len, kv_heads, value_dim)
     if options.fp8:
         lengths = Operands(q_lengths=operands.q_lengths, kv_lengths=operands.kv_lengths)
         quantize = spec.attributes(q, k, v, lengths) | {"rotate": Fp8().rotate}
@@ -110,7 +126,10 @@ def arch_name(arch: int) -> str:
 
 
 def parse_arch(text: str) -> int:
-    return int(text.replace(".", ""))
+    parts = re.fullmatch(r"(\d+)\.?(\d)", text)
+    if not parts:
+        raise argparse.ArgumentTypeError(f"expected a compute capability such as 9.0, got {text!r}")
+    return int("".join(parts.groups()))
 
 
 def archs_here() -> list[int]:
@@ -145,6 +164,7 @@ def explain(options: argparse.Namespace) -> int:
 
 def precompile(options: argparse.Namespace) -> int:
     compiled = 0
+    _cache()  # raises if nothing would be kept
     for title, arch, plan in plans(options):
         if "reason" in plan:
             print(f"{title} on compute capability {arch_name(arch)}: no kernel, {plan['reason']}")
@@ -207,10 +227,9 @@ def _cache() -> str:
     if not extension.cache_folder():
         return f"switched off by an empty {extension.CACHE_DIR}"
     folder = Path(extension.cache_folder())
-    if not folder.exists():
-        return f"{folder}, not made yet"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # as the first kernel would
     status = folder.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or not os.access(folder, os.W_OK):
         raise RuntimeError(f"{folder} is not yours alone to write, and therefore not used")
     sizes = [entry.stat().st_size for entry in folder.glob("*.cubin")]
     return f"{len(sizes)} kernels, {sum(sizes) / 2**20:.1f} MiB in {folder}"
@@ -253,7 +272,11 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = argument_parser().parse_args(arguments)
-    return options.command(options)
+    try:
+        return options.command(options)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"python -m jax_flash: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

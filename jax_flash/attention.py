@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,7 +16,19 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_flash import custom_call, fp8
-from jax_flash.spec import AttentionSpec, Fp8, Operands
+from jax_flash.arguments import (
+    aligned,
+    array,
+    batch_integers,
+    batch_lengths,
+    flag,
+    integer,
+    number,
+    positive,
+    precision_or_none,
+    query_key_value,
+)
+from jax_flash.spec import AttentionSpec, Fp8, Operands, score_dtype
 
 Implementation = Literal["xla", "cuda"] | None
 Window = int | tuple[int | None, int | None] | None
@@ -62,7 +72,8 @@ def flash_attention(
       causal: query i, at key position i + q_offset, sees the keys up to its position.
       window: (left, right) keys seen around the position, None on a side for all; an int is both sides.
       q_offset: integer, or integers that broadcast to [*B]. 0 is top-left causal; decoding passes S - T.
-      segment_ids: integers that broadcast to [*B, T] and [*B, S] (one array if T = S): attend within equal ids.
+      segment_ids: integers that broadcast to [*B, T] and [*B, S] (one array if T = S): attend within equal ids (as
+        int32: of wider ones the lowest 32 bits count).
       q_lengths: integers that broadcast to [*B]: queries at or past it give 0.
       kv_lengths: integers that broadcast to [*B]: keys at or past it are not there, whatever they hold.
       mask: bool, broadcasts to [*B, N, T, S]: True where a query sees a key.
@@ -74,7 +85,8 @@ def flash_attention(
       dropout_rng: a key of jax.random, needed if dropout_rate > 0. The same key drops the same pairs on every path,
         sharding and tile size.
       broadcast_dropout: drop the same pairs in all batch entries and heads, as Flax does by default.
-      return_lse: also return the log-sum-exp of the scores, float32 [*B, N, T]; differentiable.
+      return_lse: also return the log-sum-exp of the scores, [*B, N, T], float32 (float64 beside float64);
+        differentiable.
       deterministic: gradients bit-identical from run to run.
       precision: `jax_flash.Fp8(...)`: the forward pass on 8-bit floating point. Gradients are those of the dtype.
       implementation: None: the kernel where the program is compiled for a GPU that has one, else XLA. "cuda": the
@@ -83,13 +95,14 @@ def flash_attention(
     Returns:
       out [*B, T, N, Hv] in query's dtype, or (out, lse).
     """
-    spec, q, k, v, operands = _canonical(
-        query, key, value, scale=scale, causal=causal, window=window, q_offset=q_offset, segment_ids=segment_ids,
+    q, k, v = query_key_value(query, key, value)
+    spec, operands = _canonical(
+        q, k, v, scale=scale, causal=causal, window=window, q_offset=q_offset, segment_ids=segment_ids,
         q_lengths=q_lengths, kv_lengths=kv_lengths, mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap,
         sinks=sinks, dropout_rate=dropout_rate, dropout_rng=dropout_rng,
         broadcast_dropout=broadcast_dropout, deterministic=deterministic, precision=precision,
     )  # fmt: skip
-    return_lse = _flag("return_lse", return_lse)
+    return_lse = flag("return_lse", return_lse)
     out, lse = _attend(spec, _path(implementation), return_lse, q, k, v, operands)
     return (out, lse) if return_lse else out
 
@@ -105,7 +118,7 @@ def quantized_attention(
 ) -> Any:
     """`flash_attention` on query, key and value that are quantised already: `fp8.quantize`, `fp8.from_tensors`.
 
-    Without gradients, and not partitioned over devices by itself (shard_map does it).
+    Without gradients, and not partitioned over devices by itself (shard_map does it); vmap runs the kernel in a loop.
 
     Args:
       quantized: see `fp8.Quantized`.
@@ -118,13 +131,30 @@ def quantized_attention(
     Returns:
       out [*B, T, N, value_size], or (out, lse).
     """
-    *batch, s, heads, size = quantized.key.shape
-    query = jax.ShapeDtypeStruct(quantized.query.shape, jnp.dtype(dtype))
-    key = jax.ShapeDtypeStruct((*batch, s, heads, size), query.dtype)
-    value = jax.ShapeDtypeStruct((*batch, s, heads, size if value_size is None else value_size), query.dtype)
-    spec, _, _, _, operands = _canonical(query, key, value, precision=Fp8(), **options)
-    out, lse = fp8.attend(spec, _path(implementation), quantized, operands, query.dtype, value.shape[-1])
-    return (out, lse) if _flag("return_lse", return_lse) else out
+    quantized = _quantized(quantized)
+    size = quantized.key.shape[-1]
+    value_size = size if value_size is None else integer("value_size", value_size)
+    if not 1 <= value_size <= size:
+        raise ValueError(f"value_size: expected 1 to {size}, got {value_size}")
+    try:
+        dtype = jnp.dtype(dtype)
+        if dtype not in (jnp.float16, jnp.bfloat16):
+            raise TypeError
+    except TypeError as error:
+        raise TypeError(f"dtype: expected float16 or bfloat16, got {dtype!r}") from error
+    return_lse = flag("return_lse", return_lse)
+    q, k = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (quantized.query, quantized.key))
+    v = jax.ShapeDtypeStruct((*k.shape[:-1], value_size), dtype)
+    spec, operands = _canonical(q, k, v, precision=Fp8(), **options)
+    path = _path(implementation)
+    if _empty(q, k):
+        out, lse = _nothing(q, v)
+    else:
+        if path != "xla":
+            spec, query, *_, operands = _for_kernels(spec, quantized.query, quantized.key, v, operands)
+            quantized = quantized._replace(query=query)
+        out, lse = custom_call.attend_quantized(spec, path, quantized, operands, dtype, value_size)
+    return (out, lse) if return_lse else out
 
 
 def dot_product_attention(
@@ -163,51 +193,57 @@ def dot_product_attention(
     Returns:
       out, in query's shape with Hv as its last axis, or (out, residual).
     """
-    arrays = {name: _array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
+    arrays = {name: array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
     for name, x in arrays.items():
         if x.ndim not in (3, 4):
             raise ValueError(f"{name}: expected 3 or 4 axes, got shape {x.shape}")
-    q, k, v = (x.reshape((1,) * (4 - x.ndim) + x.shape) for x in arrays.values())
+    q, k, v = query_key_value(*(x.reshape((1,) * (4 - x.ndim) + x.shape) for x in arrays.values()))
     if bias is not None:
-        additive = _array("bias", bias)
-        bias = additive if jnp.issubdtype(additive.dtype, jnp.floating) else additive.astype(jnp.float32)
+        additive = array("bias", bias)
+        exact = jnp.issubdtype(additive.dtype, jnp.integer) or additive.dtype == jnp.bool_
+        bias = additive.astype(jnp.float32) if exact else additive
     lengths = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
     for name, x in lengths.items():
         if x is not None and np.shape(x) != q.shape[:1]:
             raise ValueError(f"{name}: expected shape [B] = {q.shape[:1]}, got {np.shape(x)}")
-    q_lengths, kv_lengths = (None if x is None else _array(name, x, jnp.integer) for name, x in lengths.items())
-    spec, q, k, v, operands = _canonical(
-        q, k, v, scale=scale, causal=_flag("is_causal", is_causal), q_lengths=q_lengths, kv_lengths=kv_lengths,
+    q_lengths, kv_lengths = (None if x is None else array(name, x, jnp.integer) for name, x in lengths.items())
+    spec, operands = _canonical(
+        q, k, v, scale=scale, causal=flag("is_causal", is_causal), q_lengths=q_lengths, kv_lengths=kv_lengths,
         mask=mask, bias=bias, window=_window("local_window_size", local_window_size),
     )  # fmt: skip
     out, lse = _attend(spec, _path(implementation), False, q, k, v, operands)
     leading = arrays["query"].shape[:-1]
     out = out.reshape(*leading, out.shape[-1])
-    if not _flag("return_residual", return_residual):
+    if not flag("return_residual", return_residual):
         return out
     residual = jnp.moveaxis(lse, -2, -1).astype(out.dtype).reshape(leading)
     return out, jax.lax.stop_gradient(residual)
 
 
-def explain(*args: Any, implementation: Implementation = None, **kwargs: Any) -> None:
+def explain(
+    query: Any, key: Any, value: Any, *, implementation: Implementation = None, return_lse: bool = False, **options: Any
+) -> None:
     """Prints how `flash_attention` with these arguments runs on this machine, or why not by the kernel.
 
     Arrays may be `jax.ShapeDtypeStruct`s: nothing is computed.
     """
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+    path = _path(implementation)
+    flag("return_lse", return_lse)
+    leaves, tree = jax.tree.flatten(((query, key, value), options))
+    unknown = [isinstance(x, jax.ShapeDtypeStruct) for x in leaves]
     lines: list[str] = []
 
     def trace(arrays: list[Any]) -> None:
         rest = iter(arrays)
-        args, kwargs = jax.tree.unflatten(
-            tree, [next(rest) if known else x for known, x in zip(is_array, leaves, strict=True)]
+        arrays, options = jax.tree.unflatten(
+            tree, [next(rest) if traced else x for traced, x in zip(unknown, leaves, strict=True)]
         )
-        kwargs.pop("return_lse", None)
-        spec, *arrays = _for_kernels(*_canonical(*args, **kwargs))
-        lines.extend(custom_call.describe(spec, _path(implementation), *arrays))
+        q, k, v = query_key_value(*arrays)
+        spec, operands = _canonical(q, k, v, **options)
+        spec, *call = _for_kernels(spec, q, k, v, operands)
+        lines.extend(custom_call.describe(spec, path, *call))
 
-    jax.eval_shape(trace, [x for known, x in zip(is_array, leaves, strict=True) if known])
+    jax.eval_shape(trace, [x for traced, x in zip(unknown, leaves, strict=True) if traced])
     print("\n".join(lines))
 
 
@@ -215,14 +251,23 @@ def explain(*args: Any, implementation: Implementation = None, **kwargs: Any) ->
 
 
 def _attend(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any, v: Any, operands: Operands) -> Any:
-    if 0 in (*q.shape, *k.shape):
-        out = jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
-        return out, jnp.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -jnp.inf, jnp.float32)
+    if _empty(q, k):
+        return _nothing(q, v)
     value_size = v.shape[-1]
     if path != "xla":
         spec, q, k, v, operands = _for_kernels(spec, q, k, v, operands)
     out, lse = custom_call.attend(spec, path, lse_cotangent, q, k, v, operands)
     return out[..., :value_size], lse
+
+
+def _empty(q: Any, k: Any) -> bool:
+    return 0 in (*q.shape, *k.shape)
+
+
+def _nothing(q: Any, v: Any) -> tuple[Any, Any]:
+    """out and lse of queries that see no key."""
+    out = jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
+    return out, jnp.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -jnp.inf, score_dtype(q.dtype))
 
 
 def _for_kernels(spec: AttentionSpec, q: Any, k: Any, v: Any, operands: Operands) -> tuple[Any, ...]:
@@ -243,26 +288,20 @@ def _pad_heads(x: Any) -> Any:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
-@jax.custom_jvp
-def _constant_slopes(slopes: Any) -> Any:
-    return slopes
-
-
-@_constant_slopes.defjvp
-def _no_slope_gradient(primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
-        "alibi_slopes: constants on the kernel path, without a gradient (implementation='xla' has it); "
-        "jax.lax.stop_gradient says that none is wanted"
-    )
+_constant_slopes = custom_call.without_derivative(
+    lambda slopes: slopes,
+    "alibi_slopes: constants on the kernel path, without a gradient (implementation='xla' has it); "
+    "jax.lax.stop_gradient says that none is wanted",
+)
 
 
 # --- from the arguments to the canonical form ------------------------------------------------------------------------
 
 
 def _canonical(
-    query: Any,
-    key: Any,
-    value: Any,
+    q: Any,
+    k: Any,
+    v: Any,
     *,
     scale: Any = None,
     causal: Any = False,
@@ -281,108 +320,49 @@ def _canonical(
     broadcast_dropout: Any = False,
     deterministic: Any = False,
     precision: Any = None,
-) -> tuple[AttentionSpec, Any, Any, Any, Operands]:
-    """`flash_attention`'s arguments, checked: spec, query, key, value, operands with all batch axes."""
-    q, k, v = _query_key_value(query, key, value)
+) -> tuple[AttentionSpec, Operands]:
+    """`flash_attention`'s arguments beside query, key and value, checked: spec, operands with all batch axes."""
     batch, (t, n, head_size), s = q.shape[:-3], q.shape[-3:], k.shape[-3]
-    if not (precision is None or isinstance(precision, Fp8)):
-        raise ValueError(f"precision: expected None or jax_flash.Fp8(...), got {precision!r}")
-    dropout_rate = _number("dropout_rate", dropout_rate)
+    dropout_rate = number("dropout_rate", dropout_rate)
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate: expected a number in [0, 1), got {dropout_rate}")
     left, right = _window("window", window)
     spec = AttentionSpec(
-        scale=1 / math.sqrt(head_size) if scale is None else _number("scale", scale),
-        causal=_flag("causal", causal),
+        scale=1 / math.sqrt(head_size) if scale is None else number("scale", scale),
+        causal=flag("causal", causal),
         window_left=left,
         window_right=right,
-        softcap=0.0 if softcap is None else _positive("softcap", softcap),
+        softcap=0.0 if softcap is None else positive("softcap", softcap),
         dropout_rate=dropout_rate,
-        deterministic=_flag("deterministic", deterministic),
-        precision=precision,
+        deterministic=flag("deterministic", deterministic),
+        precision=precision_or_none("precision", precision),
     )
     q_ids, kv_ids = _segment_ids(segment_ids, batch, t, s)
-    dropout = _dropout(dropout_rng, batch, n, _flag("broadcast_dropout", broadcast_dropout)) if dropout_rate > 0 else {}
+    shared = flag("broadcast_dropout", broadcast_dropout)
     operands = Operands(
         q_offset=_offset(q_offset, batch),
         q_segment_ids=q_ids,
         kv_segment_ids=kv_ids,
-        q_lengths=_lengths("q_lengths", q_lengths, batch, t),
-        kv_lengths=_lengths("kv_lengths", kv_lengths, batch, s),
+        q_lengths=batch_lengths("q_lengths", q_lengths, batch, t),
+        kv_lengths=batch_lengths("kv_lengths", kv_lengths, batch, s),
         mask=None
         if mask is None
-        else _aligned("mask", _array("mask", mask, jnp.bool_), (*batch, n, t, s), "*B, N, T, S"),
+        else aligned("mask", array("mask", mask, jnp.bool_), (*batch, n, t, s), "*B, N, T, S"),
         bias=_bias(bias, q.dtype, (*batch, n, t, s)),
-        alibi_slopes=_per_head("alibi_slopes", alibi_slopes, (*batch, n), "*B, N"),
-        sinks=_per_head("sinks", sinks, (n,), "N"),
-        **dropout,
+        alibi_slopes=_per_head("alibi_slopes", alibi_slopes, q.dtype, (*batch, n), "*B, N"),
+        sinks=_per_head("sinks", sinks, q.dtype, (n,), "N"),
+        **(_dropout(dropout_rng, batch, n, shared) if dropout_rate > 0 else {}),
     )
-    return spec, q, k, v, operands
+    return spec, operands
 
 
-def _query_key_value(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
-    q, k, v = _array("query", query), _array("key", key), _array("value", value)
-    if q.dtype not in _DTYPES:
-        raise TypeError(f"query: expected one of the dtypes {', '.join(_DTYPES)}, got {q.dtype}")
-    for name, x in (("key", k), ("value", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected query's dtype {q.dtype}, got {x.dtype}")
-    if q.ndim < 3:
-        raise ValueError(f"query: expected shape [*B, T, N, H], got {q.shape}")
-    batch, (n, head_size) = q.shape[:-3], q.shape[-2:]
-    if n < 1 or head_size < 1:
-        raise ValueError(f"query: expected at least one head [*B, T, N, H] of size at least 1, got {q.shape}")
-    if k.ndim != q.ndim or k.shape[:-3] != batch or k.shape[-1] != head_size:
-        wanted = _show((*batch, "S", "K", head_size))
-        raise ValueError(f"key: expected shape [*B, S, K, H] = {wanted} beside query {q.shape}, got {k.shape}")
-    if k.shape[-2] < 1 or n % k.shape[-2]:
-        raise ValueError(f"key: expected a number of heads that divides query's {n}, got {k.shape[-2]} in {k.shape}")
-    if v.ndim != q.ndim or v.shape[:-1] != k.shape[:-1] or v.shape[-1] < 1:
-        wanted = _show((*k.shape[:-1], "Hv"))
-        raise ValueError(f"value: expected shape [*B, S, K, Hv] = {wanted} beside key {k.shape}, got {v.shape}")
-    return q, k, v
-
-
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-
-def _show(shape: Sequence[int | str]) -> str:
-    return "(" + ", ".join(map(str, shape)) + ")"
-
-
-def _array(name: str, value: Any, kind: Any = None) -> Any:
-    try:
-        x = value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected an array, got {type(value).__name__}") from error
-    if kind is not None and not jnp.issubdtype(x.dtype, kind):
-        wanted = {jnp.bool_: "bool", jnp.integer: "integers", jnp.floating: "floating point numbers"}[kind]
-        raise TypeError(f"{name}: expected an array of {wanted}, got {x.dtype}")
-    return x
-
-
-def _aligned(name: str, x: Any, full: tuple[int, ...], axes: str, whole: int = 0) -> Any:
-    """x with axes of size 1 in front; each axis must be full or of size 1, the last `whole` of them full."""
-    padded = (1,) * (len(full) - x.ndim) + x.shape
-    smallest = (1,) * (len(full) - whole) + full[len(full) - whole :]
-    broadcasts = len(padded) == len(full) and all(
-        got in sizes for got, *sizes in zip(padded, full, smallest, strict=True)
-    )
-    if x.ndim < whole or not broadcasts:
-        raise ValueError(f"{name}: expected a shape that broadcasts to [{axes}] = {_show(full)}, got {_show(x.shape)}")
-    return x.reshape(padded)
+_INT32 = jnp.iinfo(jnp.int32)
 
 
 def _offset(q_offset: Any, batch: tuple[int, ...]) -> Any:
-    if isinstance(q_offset, int) and q_offset == 0:
+    if type(q_offset) is int and q_offset == 0:
         return None
-    return _aligned("q_offset", _array("q_offset", q_offset, jnp.integer), batch, "*B").astype(jnp.int32)
-
-
-def _lengths(name: str, lengths: Any, batch: tuple[int, ...], most: int) -> Any:
-    if lengths is None:
-        return None
-    return jnp.clip(_aligned(name, _array(name, lengths, jnp.integer), batch, "*B"), 0, most).astype(jnp.int32)
+    return batch_integers("q_offset", q_offset, batch, _INT32.min, _INT32.max)
 
 
 def _segment_ids(segment_ids: Any, batch: tuple[int, ...], t: int, s: int) -> tuple[Any, Any]:
@@ -396,35 +376,42 @@ def _segment_ids(segment_ids: Any, batch: tuple[int, ...], t: int, s: int) -> tu
         q_ids = kv_ids = segment_ids
     else:
         raise ValueError(f"segment_ids: expected a pair (query ids, key ids) as T = {t} is not S = {s}, got one array")
-    q_ids, kv_ids = _array("segment_ids", q_ids, jnp.integer), _array("segment_ids", kv_ids, jnp.integer)
+    q_ids, kv_ids = array("segment_ids", q_ids, jnp.integer), array("segment_ids", kv_ids, jnp.integer)
     return (
-        _aligned("segment_ids", q_ids, (*batch, t), "*B, T", whole=1).astype(jnp.int32),
-        _aligned("segment_ids", kv_ids, (*batch, s), "*B, S", whole=1).astype(jnp.int32),
+        aligned("segment_ids", q_ids, (*batch, t), "*B, T", whole=1).astype(jnp.int32),
+        aligned("segment_ids", kv_ids, (*batch, s), "*B, S", whole=1).astype(jnp.int32),
     )
 
 
 def _bias(bias: Any, dtype: Any, full: tuple[int, ...]) -> Any:
     if bias is None:
         return None
-    x = _aligned("bias", _array("bias", bias, jnp.floating), full, "*B, N, T, S")
+    x = aligned("bias", array("bias", bias, jnp.floating), full, "*B, N, T, S")
     return x if x.dtype in (dtype, jnp.float32) else x.astype(jnp.float32)
 
 
-def _per_head(name: str, x: Any, full: tuple[int, ...], axes: str) -> Any:
-    return None if x is None else _aligned(name, _array(name, x, jnp.floating), full, axes, whole=1).astype(jnp.float32)
+def _per_head(name: str, value: Any, dtype: Any, full: tuple[int, ...], axes: str) -> Any:
+    if value is None:
+        return None
+    return aligned(name, array(name, value, jnp.floating), full, axes, whole=1).astype(score_dtype(dtype))
 
 
 def _dropout(key: Any, batch: tuple[int, ...], heads: int, shared: bool) -> dict[str, Any]:
     """Seed and indices: operands, so that a shard of the arrays holds its own part; 0 if all share their bits."""
     if key is None:
         raise ValueError("dropout_rng: expected a key of jax.random as dropout_rate > 0, got None")
-    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    key = key if typed else _array("dropout_rng", key)
-    if not (typed and key.ndim == 0) and not (key.dtype == jnp.uint32 and key.ndim == 1):
-        raise TypeError(f"dropout_rng: expected one key of jax.random, got {key.dtype} of shape {key.shape}")
+    key = array("dropout_rng", key)
+    axes = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
+    try:
+        if key.ndim != axes:
+            raise TypeError
+        seed = jax.random.bits(key, (2,), jnp.uint32)
+    except TypeError as error:
+        wrong = f"{key.dtype} of shape {key.shape}"
+        raise TypeError(f"dropout_rng: expected one key of jax.random, got {wrong}") from error
     index = jnp.zeros if shared else jnp.arange
     return {
-        "dropout_seed": jax.random.bits(key, (2,), jnp.uint32).reshape((1,) * len(batch) + (2,)),
+        "dropout_seed": seed.reshape((1,) * len(batch) + (2,)),
         "dropout_batch": index(math.prod(batch), dtype=jnp.int32).reshape(batch),
         "dropout_head": index(heads, dtype=jnp.int32),
     }
@@ -433,51 +420,27 @@ def _dropout(key: Any, batch: tuple[int, ...], heads: int, shared: bool) -> dict
 def _window(name: str, window: Any) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
-    sides = window if isinstance(window, tuple) else (window, window)
+    sides = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
     if len(sides) != 2:
-        raise ValueError(f"{name}: expected (left, right), got a tuple of {len(sides)}")
-    left, right = (None if side is None else _integer(name, side) for side in sides)
+        raise ValueError(f"{name}: expected (left, right), got {window}")
+    # No sequence is longer.
+    left, right = (None if side is None else min(integer(name, side), _INT32.max) for side in sides)
     if min(left or 0, right or 0) < 0:
         raise ValueError(f"{name}: expected numbers of keys, at least 0, got {window}")
     return left, right
 
 
-def _integer(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        return operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name}: expected an integer known at trace time, got {_kind(value)}") from error
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, (bool, np.bool_, str)):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected a number known at trace time, got {_kind(value)}") from error
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number, got {number}")
-    return number
-
-
-def _positive(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if number <= 0:
-        raise ValueError(f"{name}: expected a number above 0, or None, got {number}")
-    return number
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: expected True or False, got {_kind(value)}")
-    return bool(value)
-
-
-def _kind(value: Any) -> str:
-    return "a traced array" if isinstance(value, jax.core.Tracer) else repr(value)
+def _quantized(quantized: Any) -> fp8.Quantized:
+    if not isinstance(quantized, fp8.Quantized):
+        raise TypeError(f"quantized: expected a jax_flash.fp8.Quantized, got {type(quantized).__name__}")
+    arrays = {name: array(f"quantized.{name}", x) for name, x in quantized._asdict().items()}
+    q, k = arrays["query"], arrays["key"]
+    wanted = jax.eval_shape(fp8.from_tensors, q, k, k)._asdict()
+    for name, x in arrays.items():
+        if (x.shape, x.dtype) != (wanted[name].shape, wanted[name].dtype):
+            expected = f"{wanted[name].dtype} of shape {wanted[name].shape} beside query {q.shape} and key {k.shape}"
+            raise ValueError(f"quantized.{name}: expected {expected}, got {x.dtype} of shape {x.shape}")
+    return fp8.Quantized(**arrays)
 
 
 def _path(implementation: Any) -> str:

@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_flash import fp8, xla
@@ -100,14 +100,14 @@ def _architectures() -> tuple[int, ...]:
         return ()
 
 
-def _plan(call: Call, arrays: Sequence[Any]) -> dict[str, Any]:
+def _plan(target: str, attributes: dict[str, Any]) -> dict[str, Any]:
     """The extension's plan for the call on the GPU of this machine, or {"reason": why there is none}."""
     try:
-        here = [native().plan(call.target, call.attributes(arrays), arch) for arch in _architectures()]
+        here = [native().plan(target, attributes, arch) for arch in _architectures()]
         if here:
             return next((plan for plan in here if "reason" in plan), here[-1])
         # No GPU here, but the program may be lowered for one elsewhere.
-        portable = [native().plan(call.target, call.attributes(arrays), arch) for arch in _PORTABLE]
+        portable = [native().plan(target, attributes, arch) for arch in _PORTABLE]
         return next((plan for plan in portable if "reason" not in plan), portable[0])
     except ImportError as error:
         return {"reason": f"the extension is not there ({error})"}
@@ -194,6 +194,7 @@ def _tiles(call: Call, *arrays: Any) -> tuple[Any, ...]:
 # The identity, but for programs that are compiled for something else than CUDA.
 _cuda_only = Primitive("jax_flash_cuda_only")
 _cuda_only.def_abstract_eval(lambda x: x)
+batching.defvectorized(_cuda_only)
 
 
 def _refuse_platform(ctx: mlir.LoweringRuleContext, x: Any) -> Any:
@@ -204,20 +205,29 @@ def _refuse_platform(ctx: mlir.LoweringRuleContext, x: Any) -> Any:
 mlir.register_lowering(_cuda_only, _refuse_platform)
 
 
+def _kernel_or_tiles(
+    title: str, path: str, plan: dict[str, Any], kernel: Callable[..., Any], tiles: Callable[..., Any], *arrays: Any
+) -> Any:
+    """One of two functions of the arrays: the kernel where the program is compiled for CUDA and there is one."""
+    reason = plan.get("reason")
+    if reason and path == "kernel":
+        raise NotImplementedError(f"implementation='cuda': no kernel for the {title} of this call: {reason}")
+    if reason:
+        _log_once(f"{title} by XLA: {reason}")
+        return tiles(*arrays)
+
+    def elsewhere(first: Any, *rest: Any) -> Any:
+        return tiles(_cuda_only.bind(first) if path == "kernel" else first, *rest)
+
+    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=elsewhere)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _per_device(call: Call, *arrays: Any) -> tuple[Any, ...]:
     """Jitted so that a signature is traced once, and as custom_partitioning takes no function that holds constants."""
-    reason = "as asked for" if call.path == "tiles" else _plan(call, arrays).get("reason")
-    if reason and call.path == "kernel":
-        raise NotImplementedError(f"implementation='cuda': no kernel for the {call.title} of this call: {reason}")
-    if reason:
-        _log_once(f"{call.title} by XLA: {reason}")
-        return _tiles(call, *arrays)
-
-    def elsewhere(q: Any, *rest: Any) -> tuple[Any, ...]:
-        return _tiles(call, _cuda_only.bind(q) if call.path == "kernel" else q, *rest)
-
-    return jax.lax.platform_dependent(*arrays, cuda=functools.partial(_kernel, call), default=elsewhere)
+    kernel, tiles = functools.partial(_kernel, call), functools.partial(_tiles, call)
+    plan = {"reason": "as asked for"} if call.path == "tiles" else _plan(call.target, call.attributes(arrays))
+    return _kernel_or_tiles(call.title, call.path, plan, kernel, tiles, *arrays)
 
 
 # --- sharding: batch and heads stay where they are -------------------------------------------------------------------
@@ -417,7 +427,7 @@ def _with_mapped_sinks(call: Call, size: int, mapped: Sequence[bool], arrays: Se
     seen = lse > -jnp.inf
     with_sinks = jnp.logaddexp(jnp.where(seen, lse, 0), sinks)
     kept = jnp.where(seen, jnp.exp(jnp.where(seen, lse, 0) - with_sinks), 0)
-    out = (out * jnp.moveaxis(kept, -1, -2)[..., None]).astype(out.dtype)
+    out = (out.astype(kept.dtype) * jnp.moveaxis(kept, -1, -2)[..., None]).astype(out.dtype)
     return out, jnp.where(seen, with_sinks, -jnp.inf)
 
 
@@ -430,8 +440,9 @@ def _run(call: Call) -> Callable[..., tuple[Any, ...]]:
         mesh = _explicit_mesh(arrays)
         if mesh is not None:
             return _on_explicit_mesh(call, mesh, functools.partial(_per_device, call), arrays)
-        if any(_varying(x) for x in arrays):
-            return _per_device(call, *arrays)  # inside shard_map; custom_partitioning would drop the varying axes
+        # Inside shard_map, custom_partitioning would drop the varying axes; without jit, it meets constants.
+        if any(_varying(x) for x in arrays) or jax.config.jax_disable_jit:
+            return _per_device(call, *arrays)
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
         return _partitioned(call, shapes)(*arrays)
 
@@ -443,16 +454,18 @@ def _run(call: Call) -> Callable[..., tuple[Any, ...]]:
             results = _run(call)(*_stacked(call, size, mapped, arrays))
         return results, (True,) * len(call.results)
 
-    @jax.custom_jvp
-    def run(*arrays: Any) -> tuple[Any, ...]:
-        return mappable(*arrays)
+    return jax.jit(without_derivative(mappable, _NO_HIGHER_DERIVATIVES), inline=True)
 
-    @run.defjvp
-    def _no_derivative(primals: Any, tangents: Any) -> Any:
-        del primals, tangents
-        raise NotImplementedError(_NO_HIGHER_DERIVATIVES)
 
-    return jax.jit(run, inline=True)
+def without_derivative(function: Callable[..., Any], message: str) -> Callable[..., Any]:
+    """The function, where its derivative is asked for an error."""
+    function = jax.custom_jvp(function)
+
+    @function.defjvp
+    def _refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(message)
+
+    return function
 
 
 _NO_HIGHER_DERIVATIVES = (
@@ -504,7 +517,7 @@ def _sinks_gradient(sinks: Any, dout: Any, dlse: Any, out: Any, lse: Any) -> Any
     """sinks [N]; dout, out [*B, T, N, Hv]; dlse, lse [*B, N, T]."""
     seen = lse > -jnp.inf  # a row that sees no key gives its sink no gradient
     probability = jnp.exp(sinks.reshape((1,) * (lse.ndim - 2) + (-1, 1)) - jnp.where(seen, lse, jnp.inf))
-    delta = jnp.moveaxis(jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1), -1, -2)
+    delta = jnp.moveaxis(jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), axis=-1), -1, -2)
     per_row = probability * jnp.where(seen, dlse - delta, 0)
     return per_row.sum(axis=(*range(lse.ndim - 2), lse.ndim - 1)).astype(sinks.dtype)
 
@@ -552,6 +565,36 @@ def attend(spec: AttentionSpec, path: str, lse_cotangent: bool, q: Any, k: Any, 
         raise
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5), inline=True)
+def attend_quantized(
+    spec: AttentionSpec, path: str, quantized: fp8.Quantized, operands: Operands, dtype: Any, value_size: int
+) -> tuple[Any, Any]:
+    """out [*B, T, N, value_size] and lse of query, key and value that are quantised already: the forward call alone."""
+    v = jax.ShapeDtypeStruct((*quantized.key.shape[:-1], value_size), dtype)
+    present = operands.present()
+    count = len(quantized)
+
+    def named(arrays: Sequence[Any]) -> tuple[fp8.Quantized, Operands]:
+        return fp8.Quantized(*arrays[:count]), Operands(**dict(zip(present, arrays[count:], strict=True)))
+
+    def kernel(*arrays: Any) -> tuple[Any, Any]:
+        return fp8.forward_kernel(spec, *named(arrays), dtype, v)
+
+    def tiles(*arrays: Any) -> tuple[Any, Any]:
+        out, lse = fp8.emulate(spec, *named(arrays), dtype)
+        return out[..., :value_size], lse
+
+    def run(*arrays: Any) -> tuple[Any, Any]:
+        if path == "xla":
+            return tiles(*arrays)
+        q, k = arrays[:2]
+        attributes = fp8.forward_attributes(spec, q, k, v, operands, dtype)
+        return _kernel_or_tiles("forward", path, _plan("jax_flash_forward_fp8", attributes), kernel, tiles, *arrays)
+
+    message = "quantized_attention: it has no derivative; flash_attention(..., precision=jax_flash.Fp8()) has one"
+    return without_derivative(run, message)(*quantized, *present.values())
+
+
 def describe(spec: AttentionSpec, path: str, q: Any, k: Any, v: Any, operands: Operands) -> list[str]:
     """What runs each call: a line of the plan, or of the reason why it is left to XLA."""
     if path == "xla":
@@ -566,7 +609,7 @@ def describe(spec: AttentionSpec, path: str, q: Any, k: Any, v: Any, operands: O
     backend = jax.default_backend()
     lines = [] if backend == "gpu" else [f"XLA on this machine, whose default backend is {backend}; compiled for CUDA:"]
     for call, arrays in calls:
-        plan = _plan(call, arrays)
+        plan = _plan(call.target, call.attributes(arrays))
         facts = ", ".join(f"{name} {value}" for name, value in plan.get("facts", {}).items())
         lines.append(f"{call.title}: " + (f"XLA, {plan['reason']}" if "reason" in plan else f"{plan['name']}, {facts}"))
     return lines

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flash import xla
+from jax_flash.arguments import array, batch_lengths, precision_or_none, query_key_value
 from jax_flash.extension import native
 from jax_flash.masks import Tiling
 from jax_flash.spec import AttentionSpec, Fp8, Operands, batch_shape
@@ -38,7 +39,10 @@ _LEAST_EXPONENT = -50  # of a scale: nor does one vanish
 
 # Position c of a chunk holds key _ORDER[c]: so the registers that hold a tile of p after the first product are already
 # the operand of the second, without any shuffle.
-_ORDER = np.array([2 * (c // 4) + c % 4 if c % 4 < 2 else 8 + 2 * (c // 4) + c % 4 - 2 for c in range(_CHUNK)])
+_ORDER = np.array(
+    [2 * (c // 4) + c % 4 if c % 4 < 2 else 8 + 2 * (c // 4) + c % 4 - 2 for c in range(_CHUNK)],
+    np.int32,  # whether JAX has 64 bits or not
+)
 
 
 class Quantized(NamedTuple):
@@ -55,48 +59,49 @@ class Quantized(NamedTuple):
 def quantize(
     query: Any, key: Any, value: Any, precision: Fp8 | None = None, *, q_lengths: Any = None, kv_lengths: Any = None
 ) -> Quantized:
-    """query [*B, T, N, H], key [*B, S, K, H], value [*B, S, K, Hv] of any floating type, as `attention` takes them.
+    """query [*B, T, N, H], key [*B, S, K, H], value [*B, S, K, Hv], as `flash_attention` takes them.
 
     Tokens at or past the lengths (integers [*B]) become zeros, whatever they hold, and do not count for any scale.
     Infinities and magnitudes above 2^60 become 2^60. precision None: `Fp8()`.
     """
-    precision = precision or Fp8()
-    size = kernel_head_size(max(query.shape[-1], value.shape[-1]))
-    rotation = hadamard_size(query.shape[-1])
-    q, k = (
-        _rotated(_prepared(x, lengths), rotation) if precision.rotate else _prepared(x, lengths)
-        for x, lengths in ((query, q_lengths), (key, kv_lengths))
+    q, k, v = query_key_value(query, key, value)
+    return _quantize(
+        q,
+        k,
+        v,
+        precision_or_none("precision", precision) or Fp8(),
+        batch_lengths("q_lengths", q_lengths, q.shape[:-3], q.shape[-3]),
+        batch_lengths("kv_lengths", kv_lengths, k.shape[:-3], k.shape[-3]),
     )
-    q, q_scale = _scaled(q, precision.scales)
-    k, k_scale = _scaled(k, precision.scales)
-    v, v_scale = _scaled(_prepared(value, kv_lengths), precision.value_scales)
-    if precision.rotate:
-        k_scale = k_scale / rotation  # the butterflies grow q . k by that power of two
-    return Quantized(_padded(q, size), _padded(k, size), value_layout(_padded(v, size)), q_scale, k_scale, v_scale)
 
 
 def from_tensors(
     query: Any, key: Any, value: Any, query_scale: Any = 1.0, key_scale: Any = 1.0, value_scale: Any = 1.0
 ) -> Quantized:
-    """Tensors that are e4m3 already, in `flash_attention`'s shapes, with what multiplies them (one number each)."""
-    size = kernel_head_size(max(query.shape[-1], value.shape[-1]))
+    """Tensors that are e4m3 already, in `flash_attention`'s shapes, and what multiplies each: one number above 0."""
+    q, k, v = query_key_value(query, key, value, (str(np.dtype(E4M3)),))
+    size = kernel_head_size(max(q.shape[-1], v.shape[-1]))
 
-    def scales(x: Any, scale: Any) -> Any:
-        return jnp.full((*x.shape[:-3], x.shape[-2], -(-x.shape[-3] // BLOCK)), scale, jnp.float32)
+    def scales(x: Any, name: str, scale: Any) -> Any:
+        scale = array(name, scale, jnp.floating)
+        if scale.size != 1:
+            raise ValueError(f"{name}: expected one number, got shape {scale.shape}")
+        blocks = -(-x.shape[-3] // BLOCK)
+        return jnp.full((*x.shape[:-3], x.shape[-2], blocks), scale.reshape(()), jnp.float32)
 
     return Quantized(
-        _padded(query, size),
-        _padded(key, size),
-        value_layout(_padded(value, size)),
-        scales(query, query_scale),
-        scales(key, key_scale),
-        scales(value, value_scale),
+        _padded(q, size),
+        _padded(k, size),
+        value_layout(_padded(v, size)),
+        scales(q, "query_scale", query_scale),
+        scales(k, "key_scale", key_scale),
+        scales(v, "value_scale", value_scale),
     )
 
 
 def kernel_head_size(size: int) -> int:
     if size > HEAD_SIZES[-1]:
-        raise ValueError(f"fp8: expected head sizes up to {HEAD_SIZES[-1]}, got {size}")
+        raise ValueError(f"precision: expected head sizes up to {HEAD_SIZES[-1]} beside Fp8, got {size}")
     return next(known for known in HEAD_SIZES if size <= known)
 
 
@@ -173,8 +178,8 @@ def forward_attributes(spec: AttentionSpec, q: Any, k: Any, v: Any, operands: Op
 def tiles(spec: AttentionSpec, q: Any, k: Any, v: Any, operands: Operands) -> tuple[Any, Any]:
     """out and lse of the forward pass in plain JAX, from query, key and value as `flash_attention` takes them."""
     q, k, v = _with_own_lengths(q, k, v, operands)
-    lengths = {"q_lengths": operands.q_lengths, "kv_lengths": operands.kv_lengths}
-    out, lse = emulate(spec, quantize(q, k, v, spec.precision, **lengths), operands, q.dtype)
+    lengths = operands.q_lengths, operands.kv_lengths
+    out, lse = emulate(spec, _quantize(q, k, v, spec.precision or Fp8(), *lengths), operands, q.dtype)
     return out[..., : v.shape[-1]], lse
 
 
@@ -186,45 +191,18 @@ def kernel(spec: AttentionSpec, q: Any, k: Any, v: Any, operands: Operands) -> t
     if {precision.scales, precision.value_scales} == {"block"}:
         quantized = _quantize_kernel(spec, q, k, v, lengths)
     else:
-        quantized = quantize(q, k, v, precision, **lengths.present())
-    return _forward_kernel(spec, quantized, operands, q.dtype, v)
-
-
-def attend(
-    spec: AttentionSpec, path: str, quantized: Quantized, operands: Operands, dtype: Any, value_size: int
-) -> tuple[Any, Any]:
-    """out [*B, T, N, value_size] and lse of query, key and value that are quantised already."""
-    v = jax.ShapeDtypeStruct((*quantized.key.shape[:-1], value_size), dtype)
-
-    def emulated(quantized: Quantized, operands: Operands) -> tuple[Any, Any]:
-        out, lse = emulate(spec, quantized, operands, dtype)
-        return out[..., :value_size], lse
-
-    def by_kernel(quantized: Quantized, operands: Operands) -> tuple[Any, Any]:
-        return _forward_kernel(spec, quantized, operands, dtype, v)
-
-    if path == "xla":
-        return emulated(quantized, operands)
-    try:
-        plan = native().plan("jax_flash_forward_fp8", forward_attributes(spec, *quantized[:2], v, operands, dtype), 90)
-    except ImportError as error:
-        plan = {"reason": f"the extension is not there ({error})"}
-    if "reason" in plan:
-        if path == "kernel":
-            raise NotImplementedError(f"implementation='cuda': no kernel for this call: {plan['reason']}")
-        return emulated(quantized, operands)
-    elsewhere = {} if path == "kernel" else {"default": emulated}
-    return jax.lax.platform_dependent(quantized, operands, cuda=by_kernel, **elsewhere)
+        quantized = _quantize(q, k, v, precision, lengths.q_lengths, lengths.kv_lengths)
+    return forward_kernel(spec, quantized, operands, q.dtype, v)
 
 
 def _quantize_kernel(spec: AttentionSpec, q: Any, k: Any, v: Any, lengths: Operands) -> Quantized:
     precision = spec.precision or Fp8()
     attributes = spec.attributes(q, k, v, lengths) | {"rotate": precision.rotate}
-    shapes = jax.eval_shape(lambda q, k, v: quantize(q, k, v, precision), q, k, v)
+    shapes = jax.eval_shape(lambda q, k, v: _quantize(q, k, v, precision, None, None), q, k, v)
     return Quantized(*_ffi_call("jax_flash_quantize", shapes, attributes, q, k, v, *lengths.present().values()))
 
 
-def _forward_kernel(
+def forward_kernel(
     spec: AttentionSpec, quantized: Quantized, operands: Operands, dtype: Any, v: Any
 ) -> tuple[Any, Any]:
     """v: anything with the shape of the value before quantisation."""
@@ -243,7 +221,7 @@ def _ffi_call(target: str, shapes: Any, attributes: dict[str, Any], *arrays: Any
     scratch = jax.ShapeDtypeStruct((native().scratch_bytes(target, attributes),), jnp.uint8)
     # Inside shard_map(check_vma=True) a result must vary over the mesh axes over which the operands vary.
     types = [jax.typeof(arrays[0]).update(shape=x.shape, dtype=x.dtype) for x in (*shapes, scratch)]
-    *results, _ = jax.ffi.ffi_call(target, types)(*arrays, **attributes)
+    *results, _ = jax.ffi.ffi_call(target, types, vmap_method="sequential")(*arrays, **attributes)
     return tuple(results)
 
 
@@ -261,13 +239,28 @@ def _with_own_lengths(q: Any, k: Any, v: Any, operands: Operands) -> tuple[Any, 
 # --- the steps of quantize -------------------------------------------------------------------------------------------
 
 
+def _quantize(q: Any, k: Any, v: Any, precision: Fp8, q_lengths: Any, kv_lengths: Any) -> Quantized:
+    """`quantize`; the batch axes of an array and of its lengths may be of size 1."""
+    size = kernel_head_size(max(q.shape[-1], v.shape[-1]))
+    rotation = hadamard_size(q.shape[-1])
+    v, v_scale = _scaled(_prepared(v, kv_lengths), precision.value_scales)
+    q, k = (_prepared(x, lengths) for x, lengths in ((q, q_lengths), (k, kv_lengths)))
+    if precision.rotate:
+        q, k = _rotated(q, rotation), _rotated(k, rotation)
+    q, q_scale = _scaled(q, precision.scales)
+    k, k_scale = _scaled(k, precision.scales)
+    if precision.rotate:
+        k_scale = k_scale / rotation  # the butterflies grow q . k by that power of two
+    return Quantized(_padded(q, size), _padded(k, size), value_layout(_padded(v, size)), q_scale, k_scale, v_scale)
+
+
 def _prepared(x: Any, lengths: Any) -> Any:
     """[*B, T, N, H] in float32, bounded, with zeros at and past the lengths."""
     x = jnp.clip(x.astype(jnp.float32), -_CLAMP, _CLAMP)
     if lengths is None:
         return x
-    token = jax.lax.broadcasted_iota(jnp.int32, x.shape[-3:], 0)
-    return jnp.where(token < jnp.asarray(lengths)[..., None, None, None], x, 0)
+    token = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 3)
+    return jnp.where(token < lengths[..., None, None, None], x, 0)
 
 
 def _signs(size: int) -> np.ndarray:
@@ -281,10 +274,10 @@ def _signs(size: int) -> np.ndarray:
 def _rotated(x: Any, block: int) -> Any:
     """Random signs, then butterflies of width 1, 2, ..., block / 2. The sums are in the order of the kernel."""
     shape = x.shape
-    x = x * _signs(shape[-1])
+    x = x * jnp.broadcast_to(_signs(shape[-1]), shape)
     width = 1
     while width < block:
-        x = x.reshape(*shape[:-1], -1, 2, width)
+        x = x.reshape(*shape[:-1], shape[-1] // (2 * width), 2, width)
         low, high = x[..., 0, :], x[..., 1, :]
         x = jnp.stack([low + high, low - high], axis=-2)
         width *= 2
@@ -295,7 +288,7 @@ def _scaled(x: Any, granularity: Literal["block", "head", "tensor"]) -> tuple[An
     """x [*B, T, N, H] float32 -> e4m3 of the same shape, scales float32 [*B, N, ceil(T / BLOCK)]."""
     length = x.shape[-3]
     blocks = jnp.pad(jnp.abs(x), [(0, 0)] * (x.ndim - 3) + [(0, -length % BLOCK), (0, 0), (0, 0)])
-    blocks = blocks.reshape(*x.shape[:-3], -1, BLOCK, *x.shape[-2:])
+    blocks = blocks.reshape(*x.shape[:-3], -(-length // BLOCK), BLOCK, *x.shape[-2:])
     largest = jnp.nanmax(blocks, axis=(-3, -1), initial=0)  # [*B, blocks, N]
     if granularity != "block":
         axes = -2 if granularity == "head" else None

@@ -16,6 +16,8 @@ import numpy as np
 
 from jax_flash.spec import AttentionSpec, Operands
 
+_FAR = 2**30  # no sequence is longer, and the sum of two such numbers is an int32
+
 
 def causal(position, key):
     """A query sees the keys up to its own position."""
@@ -24,17 +26,17 @@ def causal(position, key):
 
 def within_left(position, key, left: int):
     """A query sees at most `left` keys before its position. (`position - left` could overflow.)"""
-    return position - key <= min(left, np.iinfo(np.int32).max)
+    return position - key <= left
 
 
 def within_right(position, key, right: int):
     """A query sees at most `right` keys after its position."""
-    return key - position <= min(right, np.iinfo(np.int32).max)
+    return key - position <= right
 
 
 def position(operands: Operands, query):
     """Key position at which each query stands."""
-    return query if operands.q_offset is None else query + operands.q_offset
+    return query if operands.q_offset is None else query + jnp.clip(operands.q_offset, -_FAR, _FAR)
 
 
 def visible(spec: AttentionSpec, operands: Operands, query, key):

@@ -27,8 +27,8 @@ class Operands(NamedTuple):
     kv_lengths: Any = None  # int32 [*B]
     mask: Any = None  # bool [*B, N|1, T|1, S|1]
     bias: Any = None  # query dtype or float32 [*B, N|1, T|1, S|1]
-    alibi_slopes: Any = None  # float32 [*B, N]
-    sinks: Any = None  # float32 [N]: no batch axes
+    alibi_slopes: Any = None  # score_dtype [*B, N]
+    sinks: Any = None  # score_dtype [N]: no batch axes
     dropout_seed: Any = None  # uint32 [*B, 2]
     dropout_batch: Any = None  # int32 [*B]: index of the batch entry in the unsharded, unmapped call
     dropout_head: Any = None  # int32 [N]: index of the head in the unsharded call; no batch axes
@@ -67,6 +67,11 @@ TRAILING_AXES = {
 WITHOUT_BATCH = frozenset({"sinks", "dropout_head"})
 
 
+def score_dtype(*dtypes: Any) -> np.dtype:
+    """float32, or float64 beside float64: what scores, lse, slopes and sinks are in."""
+    return np.dtype(np.float64 if np.float64 in dtypes else np.float32)
+
+
 def batch_shape(q: Any, k: Any, v: Any) -> tuple[int, ...]:
     """The full batch axes *B: each is full in one of the three arrays at least."""
     return np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
@@ -85,6 +90,8 @@ class Fp8:
     value_scales: Literal["block", "head", "tensor"] = "block"
 
     def __post_init__(self):
+        if not isinstance(self.rotate, bool):
+            raise TypeError(f"rotate: expected True or False, got {self.rotate!r}")
         for name in ("scales", "value_scales"):
             if getattr(self, name) not in ("block", "head", "tensor"):
                 raise ValueError(f"{name}: expected 'block', 'head' or 'tensor', got {getattr(self, name)!r}")

@@ -23,7 +23,7 @@ import numpy as np
 
 from jax_flash import masks
 from jax_flash.masks import Tiling
-from jax_flash.spec import AttentionSpec, Operands
+from jax_flash.spec import AttentionSpec, Operands, score_dtype
 
 
 def forward(spec: AttentionSpec, q, k, v, operands: Operands):
@@ -180,7 +180,7 @@ class _Call:
         s, kv_heads = k.shape[-3:-1]
         self.spec = spec
         self.varying = frozenset().union(*(_varying_axes(x) for x in (q, k, v, *operands.present().values())))
-        self.dtype = jnp.promote_types(q.dtype, jnp.float32)
+        self.dtype = score_dtype(q.dtype)
         self.heads = (kv_heads, n // kv_heads)
         self.batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
         self.empty = not (t and s)
@@ -387,13 +387,13 @@ def _even_size(length: int, most: int) -> int:
 
 def _product(subscripts: str, a, b):
     """einsum, accumulated in float32 or better."""
-    dtype = jnp.promote_types(a.dtype, b.dtype)
+    dtype = a.dtype if a.dtype == b.dtype else score_dtype(a.dtype, b.dtype)
     return jnp.einsum(
         subscripts,
         a.astype(dtype),
         b.astype(dtype),
         precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+        preferred_element_type=score_dtype(dtype),
     )
 
 

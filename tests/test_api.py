@@ -28,6 +28,7 @@ KEY = jax.random.key(0)
 
 WRONG_ARGUMENTS = [
     wrong(TypeError, "query", "an array", query="abc"),
+    wrong(TypeError, "query", "an array", query=jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)),
     wrong(TypeError, "query", "dtypes", query=jnp.ones((B, T, N, H), jnp.int32)),
     wrong(TypeError, "query", "dtypes", query=jnp.ones((B, T, N, H), jnp.complex64)),
     wrong(TypeError, "query", "dtypes", query=jnp.ones((B, T, N, H), jnp.float8_e4m3fn)),
@@ -44,13 +45,17 @@ WRONG_ARGUMENTS = [
     wrong(ValueError, "value", r"\(2, 8, 2, Hv\)", value=jnp.ones((B, S, 1, H))),
     wrong(TypeError, "scale", "a number", scale="1"),
     wrong(TypeError, "scale", "a number", scale=jnp.ones(3)),
+    wrong(TypeError, "scale", "a number", scale=jnp.array(True)),
     wrong(ValueError, "scale", "finite", scale=float("nan")),
+    wrong(ValueError, "scale", "range of float32", scale=1e39),
     wrong(TypeError, "causal", "True or False", causal=1),
     wrong(TypeError, "window", "integer", window=1.5),
     wrong(TypeError, "window", "integer", window=(True, 0)),
     wrong(ValueError, "window", "at least 0", window=(-1, 3)),
     wrong(ValueError, "window", r"\(left, right\)", window=(1, 2, 3)),
     wrong(TypeError, "q_offset", "integers", q_offset=0.5),
+    wrong(TypeError, "q_offset", "integers", q_offset=False),
+    wrong(TypeError, "q_offset", "an array", q_offset=2**31),
     wrong(ValueError, "q_offset", r"\[\*B\] = \(2\)", q_offset=jnp.ones(3, int)),
     wrong(TypeError, "segment_ids", "integers", segment_ids=(jnp.ones((B, T)), jnp.ones((B, S)))),
     wrong(ValueError, "segment_ids", "a pair", segment_ids=jnp.ones((B, T), int)),
@@ -70,6 +75,7 @@ WRONG_ARGUMENTS = [
     wrong(ValueError, "alibi_slopes", r"\(2, 4\)", alibi_slopes=jnp.ones(K)),
     wrong(TypeError, "softcap", "a number", softcap=[1.0, 2.0]),
     wrong(ValueError, "softcap", "above 0", softcap=0),
+    wrong(ValueError, "softcap", "range of float32", softcap=1e-50),
     wrong(TypeError, "sinks", "floating point", sinks=jnp.ones(N, bool)),
     wrong(ValueError, "sinks", r"\(4\)", sinks=jnp.ones((B, N))),
     wrong(ValueError, "sinks", r"\(4\)", sinks=jnp.float32(1)),
@@ -78,6 +84,7 @@ WRONG_ARGUMENTS = [
     wrong(ValueError, "dropout_rng", "a key of jax.random", dropout_rate=0.5),
     wrong(TypeError, "dropout_rng", "one key", dropout_rate=0.5, dropout_rng=jax.random.split(KEY, 2)),
     wrong(TypeError, "dropout_rng", "one key", dropout_rate=0.5, dropout_rng=jnp.ones(2)),
+    wrong(TypeError, "dropout_rng", "one key", dropout_rate=0.5, dropout_rng=jnp.ones(3, jnp.uint32)),
     wrong(TypeError, "broadcast_dropout", "True or False", dropout_rate=0.5, dropout_rng=KEY, broadcast_dropout="yes"),
     wrong(TypeError, "return_lse", "True or False", return_lse="no"),
     wrong(TypeError, "deterministic", "True or False", deterministic=0),
@@ -100,6 +107,13 @@ def test_what_must_be_known_at_trace_time_says_so(name):
         jax.jit(lambda x: jf.flash_attention(query, key, value, **{name: x}))(1)
 
 
+def test_sizes_must_be_known_at_trace_time():
+    (b,) = jax.export.symbolic_shape("b")
+    array = jax.ShapeDtypeStruct((b, T, N, H), jnp.float32)
+    with pytest.raises(TypeError, match=r"^query: expected sizes known at trace time, got \(b, 6, 4, 16\)"):
+        jax.export.export(jax.jit(jf.flash_attention))(array, array, array)
+
+
 WRONG_FOR_THE_DROP_IN = [
     wrong(ValueError, "query", "3 or 4 axes", query=jnp.ones((1, B, T, N, H))),
     wrong(ValueError, "key", r"\(2, S, K, 16\)", key=jnp.ones((S, K, H))),
@@ -110,6 +124,7 @@ WRONG_FOR_THE_DROP_IN = [
     wrong(ValueError, "local_window_size", "at least 0", local_window_size=-2),
     wrong(TypeError, "is_causal", "True or False", is_causal=None),
     wrong(TypeError, "mask", "bool", mask=jnp.ones((T, S))),
+    wrong(TypeError, "bias", "floating point", bias=jnp.ones((T, S), complex)),
     wrong(TypeError, "return_residual", "True or False", return_residual=1),
     wrong(ValueError, "implementation", "None, 'cuda' or 'xla'", implementation="cudnn"),
 ]
@@ -133,6 +148,7 @@ DROP_IN_CALLS = {
     "scale": {"scale": 0.3},
     "causal": {"is_causal": True},
     "window": {"local_window_size": (2, 1)},
+    "window in a list": {"local_window_size": [1, 2]},
     "symmetric window": {"local_window_size": 2, "is_causal": True},
     "lengths": LENGTHS,
     "bias of heads": {"bias": jax.random.normal(jax.random.key(5), (N, T, S))},
@@ -199,6 +215,24 @@ def test_float64():
         np.testing.assert_allclose(out, exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_slopes_sinks_and_lse_of_float64(implementation):
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(np.asarray(x), jnp.float64) for x in (query, key, value))
+        slopes, sinks = jnp.linspace(0.1, 0.7, N), jnp.linspace(-1, 1, N)
+        distance = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(S))
+        biased, biased_lse = jf.flash_attention(
+            q, k, v, bias=-slopes[:, None, None] * distance, return_lse=True, implementation=implementation
+        )
+        wanted_lse = jnp.logaddexp(biased_lse, sinks[:, None])
+        wanted = biased * jnp.moveaxis(jnp.exp(biased_lse - wanted_lse), -1, -2)[..., None]
+        call = {"alibi_slopes": slopes, "sinks": sinks, "return_lse": True, "implementation": implementation}
+        out, lse = jf.flash_attention(q, k, v, **call)
+        np.testing.assert_allclose(out, wanted, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(lse, wanted_lse, rtol=1e-12, atol=1e-12)
+        assert jf.flash_attention(q[:, :0], k, v, **call)[1].dtype == lse.dtype == jnp.float64
+
+
 # --- flash_attention by example --------------------------------------------------------------------------------------
 
 
@@ -234,6 +268,24 @@ def test_any_number_of_batch_axes(batch):
     flat = [x.reshape(-1, *x.shape[-3:]) for x in arrays]
     out = jf.flash_attention(*arrays, causal=True)
     np.testing.assert_allclose(out.reshape(-1, T, N, H), jf.flash_attention(*flat, causal=True), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1, np.array([2**31 - 1, 2**30], np.int32)], ids=["one", "each"])
+def test_positions_far_out(offset):
+    everything = jf.flash_attention(query, key, value)
+    np.testing.assert_array_equal(jf.flash_attention(query, key, value, causal=True, q_offset=offset), everything)
+    assert not jf.flash_attention(query, key, value, causal=True, q_offset=~offset).any()
+    assert not jf.flash_attention(query, key, value, window=(9, None), q_offset=offset).any()
+
+
+def test_integers_wider_than_32_bits_keep_their_order():
+    with jax.enable_x64(True):
+        far = jnp.array([2**32 + 1, -(2**32) + 1])
+        out, lse = jf.flash_attention(query, key, value, causal=True, q_offset=far, kv_lengths=-far, return_lse=True)
+        assert jnp.all(lse == -jnp.inf) and not out.any()
+        out = jf.flash_attention(query, key, value, q_lengths=far)
+        np.testing.assert_array_equal(out[0], jf.flash_attention(query, key, value)[0])
+        assert not out[1].any()
 
 
 def test_scale_may_be_negative_and_head_size_any():

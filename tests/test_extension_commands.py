@@ -70,6 +70,39 @@ def test_every_option_reaches_the_attributes():
     assert attributes("--lse-gradient")["backward"]["lse_cotangent"]
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--arch 9", "--arch: expected a compute capability such as 9.0, got '9'"),
+        ("--head-dim 0", "--head-dim: expected a number from 1 "),
+        ("--dropout-rate 1", "--dropout-rate: expected a number from 0 to below 1, got 1"),
+        ("--window -2 0", "--window: expected a number from -1 "),
+    ],
+)
+def test_wrong_options(words, said, capsys):
+    with pytest.raises(SystemExit):
+        commands.main(["explain", *words.split()])
+    assert f"error: argument {said}" in capsys.readouterr().err
+
+
+def test_head_sizes_are_filled_up(capsys):
+    assert commands.main(["explain", "--head-dim", "60", "--arch", "8.0"]) == 0
+    assert "forward on compute capability 8.0: sm80_forward\n" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_one_line(monkeypatch, tmp_path, capsys):
+    def missing():
+        raise ImportError("no extension")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(extension.CACHE_DIR, str(tmp_path / "file" / "cache"))
+    assert commands.main(["precompile", "--arch", "8.0"]) == 1
+    assert capsys.readouterr().err.startswith("python -m jax_flash: [Errno ")
+    monkeypatch.setattr(extension, "native", missing)
+    assert commands.main(["explain", "--arch", "8.0"]) == 1
+    assert capsys.readouterr().err == "python -m jax_flash: no extension\n"
+
+
 def test_precompile_fills_the_cache(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv(extension.CACHE_DIR, str(tmp_path))
     native = extension.native()

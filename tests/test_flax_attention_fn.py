@@ -49,6 +49,14 @@ def test_masks(flax_fn, mask, jit):
     close((jax.jit(ours) if jit else ours)(q, k, v, mask), theirs(q, k, v, mask))
 
 
+def test_a_mask_of_python_numbers():
+    q, k, v = arrays()
+    mask = np.tri(q.shape[1], k.shape[1])
+    close(attention_fn(q, k, v, mask=mask.tolist()), attention_fn(q, k, v, mask=mask))
+    with pytest.raises(TypeError, match="mask: expected an array, got str"):
+        attention_fn(q, k, v, mask="causal")
+
+
 @pytest.mark.parametrize(("batch", "kv_heads"), [((), 2), ((3,), 1), ((2, 3), 2)])
 def test_batch_axes_and_grouped_heads(batch, kv_heads):
     q, k, v = arrays(batch, kv_heads=kv_heads)
@@ -183,7 +191,19 @@ def test_rotary(positions):
     x = arrays()[0]
     each = np.broadcast_to(np.arange(7) if positions is None else positions, (2, 7))[..., None, None]
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * each * 1e4 ** (-np.arange(4) / 4))
-    close(rotary(x, positions), np.concatenate([turned.real, turned.imag], axis=-1))
+    with jax.numpy_rank_promotion("raise"):
+        close(rotary(x, positions), np.concatenate([turned.real, turned.imag], axis=-1))
+
+
+def test_wrong_rotary():
+    x = arrays()[0]
+    for positions in (list(range(3)), np.zeros((1, 2, 7), int)):
+        with pytest.raises(
+            ValueError, match=r"positions: expected a shape that broadcasts to \[\*B, T\] = \(2, 7\), got"
+        ):
+            rotary(x, positions)
+    with pytest.raises(ValueError, match="base: expected a number above 0, got -1"):
+        rotary(x, base=-1.0)
 
 
 @pytest.mark.skipif(not hasattr(nnx, "RoPE"), reason="this version of Flax has no RoPE")

@@ -102,7 +102,7 @@ def test_dropout_rngs():
 
 
 def test_wrong_inputs():
-    for fields in ({"num_heads": 5}, {"num_heads": 4, "num_kv_heads": 3}):
+    for fields in ({"num_heads": 5}, {"num_heads": 0}, *({"num_heads": 4, "num_kv_heads": heads} for heads in (3, 0))):
         with pytest.raises(ValueError, match="num_heads"):
             linen.MultiHeadAttention(**fields).init(jax.random.key(0), X)
     module = linen.MultiHeadAttention(4)
@@ -111,6 +111,8 @@ def test_wrong_inputs():
             module.init(jax.random.key(0), X, **inputs)
     with pytest.raises(ValueError, match="rotary_base"):
         module.init(jax.random.key(0), X, input_positions=jnp.arange(6))
+    with pytest.raises(ValueError, match="attention_precision: expected None or "):
+        linen.MultiHeadAttention(4, attention_precision="fp8").init(jax.random.key(0), X)
 
 
 # What Flax's module lacks
@@ -222,6 +224,25 @@ def test_ragged_decoding():
     out, cache = module.apply({**variables, **cache}, X[jnp.arange(2), lengths][:, None], mutable="cache")
     close(out[:, 0], right[jnp.arange(2), lengths])
     np.testing.assert_array_equal(cache["cache"]["cache_index"], lengths + 1)
+
+
+def test_wrong_decoding():
+    module = linen.MultiHeadAttention(4, decode=True)
+    variables = module.init(jax.random.key(2), X[:, :4])
+    with pytest.raises(ValueError, match="inputs: expected at most 4 tokens, the length of the cache, got 6"):
+        module.apply(variables, X, mutable="cache")
+    with pytest.raises(ValueError, match=r"lengths: expected a ragged cache .*got \(2,\)"):
+        module.apply(variables, X[:, :2], lengths=jnp.array([1, 2]), mutable="cache")
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_decoding_beside_64_bits(ragged):
+    module = linen.MultiHeadAttention(4, decode=True, rotary_base=1e4, ragged_cache=ragged)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        variables = module.init(jax.random.key(2), X)
+        lengths = jnp.array([1, 2]) if ragged else None
+        _, cache = module.apply(variables, X[:, :2], lengths=lengths, mutable="cache")
+        assert cache["cache"]["cache_index"].dtype == jnp.int32
 
 
 def test_decoding_as_flax_does():

@@ -105,6 +105,8 @@ def test_wrong_inputs():
     ):
         with pytest.raises(ValueError, match=name):
             make()(**call)
+    with pytest.raises(ValueError, match="attention_precision: expected None or "):
+        make(attention_precision="fp8")(X)
     with pytest.raises(ValueError, match="deterministic"):
         make(dropout_rate=0.1)(X)
     with pytest.raises(ValueError, match="decode"):

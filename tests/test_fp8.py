@@ -241,8 +241,87 @@ def test_tensors_with_scales_of_their_own():
 
 
 def test_wrong_precision():
-    with pytest.raises(ValueError, match=r"precision: expected None or jax_flash.Fp8\(...\), got 'fp8'"):
-        jf.flash_attention(*qkv(), precision="fp8")
+    for call in (jf.flash_attention, fp8.quantize):
+        with pytest.raises(ValueError, match=r"precision: expected None or jax_flash.Fp8\(...\), got 'fp8'"):
+            call(*qkv(), precision="fp8")
+    with pytest.raises(TypeError, match="rotate: expected True or False, got 1"):
+        jf.Fp8(rotate=1)
+    with pytest.raises(ValueError, match="precision: expected head sizes up to 256 beside Fp8, got 264"):
+        jf.flash_attention(*qkv(size=264), precision=jf.Fp8())
+
+
+def wrong(error, argument, expected, call):
+    return pytest.param(call, error, rf"^{argument}: .*{expected}.*got ", id=f"{argument}-{expected}")
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        wrong(TypeError, "query", "an array", lambda q, k, v, z: fp8.quantize(None, k, v)),
+        wrong(TypeError, "query", "dtypes", lambda q, k, v, z: fp8.quantize(q.astype(int), k, v)),
+        wrong(ValueError, "key", "heads that divides", lambda q, k, v, z: fp8.quantize(q, k[..., [0, 0, 1], :], v)),
+        wrong(ValueError, "value", "beside key", lambda q, k, v, z: fp8.quantize(q, k, v[:, 1:])),
+        wrong(TypeError, "q_lengths", "integers", lambda q, k, v, z: fp8.quantize(q, k, v, q_lengths=1.0)),
+        wrong(ValueError, "kv_lengths", r"\(2\)", lambda q, k, v, z: fp8.quantize(q, k, v, kv_lengths=[1, 2, 3])),
+        wrong(TypeError, "query", "float8_e4m3fn", lambda q, k, v, z: fp8.from_tensors(q, k, v)),
+        wrong(
+            ValueError, "key_scale", "one number", lambda q, k, v, z: fp8.from_tensors(*z[:2], z[1], 1.0, [1.0, 2.0])
+        ),
+        wrong(TypeError, "quantized", "Quantized", lambda q, k, v, z: jf.quantized_attention(tuple(z))),
+        wrong(
+            ValueError,
+            "quantized.value",
+            "of shape",
+            lambda q, k, v, z: jf.quantized_attention(z._replace(value=z.value[:, :1])),
+        ),
+        wrong(
+            ValueError,
+            "quantized.query_scale",
+            "float32",
+            lambda q, k, v, z: jf.quantized_attention(z._replace(query_scale=z.query_scale.astype(q.dtype))),
+        ),
+        wrong(ValueError, "value_size", "1 to 64", lambda q, k, v, z: jf.quantized_attention(z, value_size=65)),
+        wrong(TypeError, "dtype", "float16 or bfloat16", lambda q, k, v, z: jf.quantized_attention(z, dtype="float32")),
+    ],
+)
+def test_wrong_arguments(call, error, message):
+    q, k, v = qkv(t=3, s=4)
+    with pytest.raises(error, match=message):
+        call(q, k, v, fp8.quantize(q, k, v))
+
+
+@pytest.mark.parametrize("changes", [{"t": 0}, {"s": 0}, {"batch": 0}], ids=["no query", "no key", "no batch entry"])
+def test_sizes_of_zero(changes):
+    q, k, v = qkv(**{"t": 3, "s": 4} | changes)
+    out, lse = jf.quantized_attention(fp8.quantize(q, k, v), return_lse=True)
+    assert out.shape == q.shape and not out.any() and jnp.all(lse == -jnp.inf)
+
+
+def test_modes_of_jax():
+    arrays = qkv(t=3, s=4)
+    quantized = jax.jit(fp8.quantize)(*arrays)
+    with jax.enable_x64(True):
+        jax.tree.map(np.testing.assert_array_equal, fp8.quantize(*arrays), quantized)
+    with jax.disable_jit():
+        jax.eval_shape(lambda *arrays: jf.flash_attention(*arrays, precision=jf.Fp8()), *arrays)
+
+
+def test_quantized_attention_under_vmap_and_grad():
+    quantized = fp8.quantize(*qkv(t=3, s=4))
+    out = jf.quantized_attention(quantized)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(jf.quantized_attention))(quantized), out)
+    with pytest.raises(NotImplementedError, match="quantized_attention: it has no derivative"):
+        jax.grad(lambda sinks: jf.quantized_attention(quantized, sinks=sinks)[0, 0, 0, 0])(jnp.ones(4))
+
+
+def test_quantized_attention_by_the_kernel():
+    """Its scale is above 0, whatever sign the call's has; by name, there is no other path."""
+    quantized = fp8.quantize(*qkv(t=3, s=4))
+    attend = jax.jit(lambda x: jf.quantized_attention(x, scale=-0.5, implementation="cuda"))
+    text = attend.trace(quantized).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@jax_flash_forward_fp8") == 1 and "scale = 5.000000e-01" in text
+    with pytest.raises(NotImplementedError, match="compiled for cpu"):
+        attend.trace(quantized).lower(lowering_platforms=("cpu",))
 
 
 def test_program_for_cuda_has_two_calls():

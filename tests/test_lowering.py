@@ -189,6 +189,8 @@ def test_explain_says_what_runs(capsys):
     assert re.search(r"forward: sm\d+_forward, .*tile", capsys.readouterr().out)
     jf.explain(*arrays(dtype=jnp.float32), bias=jax.ShapeDtypeStruct((T, S), jnp.float32))
     assert re.findall(r"(.*): XLA, ", capsys.readouterr().out) == ["forward", "backward", "bias gradient"]
+    jf.explain(*arrays(), scale=np.float32(0.5), causal=np.bool_(True), window=2**40)
+    assert re.search(r"forward: sm\d+_forward, ", capsys.readouterr().out)
     jf.explain(*arrays(), implementation="xla")
     assert "asked for" in capsys.readouterr().out
 

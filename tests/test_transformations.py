@@ -477,3 +477,9 @@ def test_strict_modes():
     wanted = attend(q, k, v, given), gradients(q, k, v, given, dout, dlse)
     with jax.numpy_rank_promotion("raise"), jax.debug_nans(True), jax.debug_infs(True):
         close((attend(q, k, v, given), gradients(q, k, v, given, dout, dlse)), wanted)
+    narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    given["bias"] = given["bias"].astype(jnp.bfloat16)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        gradients(*narrow, given, dout.astype(jnp.bfloat16), dlse)
+        jf.flash_attention(*narrow, precision=jf.Fp8(), q_lengths=given["q_lengths"])
+        jax.vmap(lambda sinks: jf.flash_attention(*narrow, sinks=sinks))(jnp.ones((3, q.shape[-2])))

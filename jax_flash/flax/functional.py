@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen, nnx
 from jax import lax
 
+from jax_flash.arguments import aligned, array, positive, precision_or_none
 from jax_flash.attention import flash_attention
 from jax_flash.spec import Fp8
 
@@ -74,6 +75,8 @@ def attention_fn(
     elif input_positions is not None:
         raise ValueError("input_positions: only rotary embedding uses positions, but rotary_base is not given")
 
+    if mask is not None and not isinstance(mask, np.ndarray):
+        mask = array("mask", mask)
     if einsum_dot_general or qk_attn_weights_einsum or attn_weights_value_einsum:
         if options:
             raise ValueError(f"custom einsums cannot be combined with {', '.join(options)}")
@@ -110,7 +113,7 @@ def attention_fn(
     options |= {"mask": mask, "bias": bias, "causal": is_causal}
     if module is not None:
         sow(module, attention_weights(query, key, **options))
-    if not deterministic and dropout_rate > 0.0:
+    if not deterministic:
         options |= {
             "dropout_rate": dropout_rate,
             "dropout_rng": dropout_rng,
@@ -162,10 +165,10 @@ def rotary(x, positions=None, base: float = 10000.0):
     half = x.shape[-1] // 2
     if x.shape[-1] % 2:
         raise ValueError(f"rotary embedding needs an even head size, got {x.shape[-1]}")
-    positions = jnp.arange(x.shape[-3]) if positions is None else positions
-    frequencies = base ** (-np.arange(half, dtype=np.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    angles = angles.reshape((1,) * (x.ndim - angles.ndim) + angles.shape)
+    positions = array("positions", jnp.arange(x.shape[-3]) if positions is None else positions)
+    positions = aligned("positions", positions, x.shape[:-2], "*B, T", whole=1)[..., None, None]
+    frequencies = positive("base", base) ** (-np.arange(half, dtype=np.float32) / half)
+    angles = positions.astype(jnp.float32) * frequencies.reshape((1,) * (x.ndim - 1) + (half,))
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -173,10 +176,13 @@ def rotary(x, positions=None, base: float = 10000.0):
 
 def extend_cache(cache, new, index):
     """`cache [*B, S, K, H]` with `new [*B, T, K, H]` from position `index [] or [*B]` on; in place if donated."""
+    if new.shape[-3] > cache.shape[-3]:
+        raise ValueError(
+            f"inputs: expected at most {cache.shape[-3]} tokens, the length of the cache, got {new.shape[-3]}"
+        )
 
     def write(cache, new, index):
-        start = (0,) * (cache.ndim - 3) + (index, 0, 0)
-        return lax.dynamic_update_slice(cache, new.astype(cache.dtype), start)
+        return lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), index, axis=-3)
 
     for _ in range(index.ndim):
         write = jax.vmap(write)
@@ -185,7 +191,22 @@ def extend_cache(cache, new, index):
 
 def cache_positions(index, length: int):
     """Positions `[T]` or `[*B, T]` of the `length` tokens that follow `index [] or [*B]` tokens in the cache."""
-    return index[..., None] + jnp.arange(length)
+    return index[..., None] + jnp.arange(length, dtype=index.dtype).reshape((1,) * index.ndim + (length,))
+
+
+def cached_tokens(index, length: int, lengths=None):
+    """Tokens in the cache, `[] or [*B]`, after `length` more, of which `lengths [*B]` are real."""
+    if lengths is None:
+        return index + length
+    lengths = array("lengths", lengths, jnp.integer)
+    if lengths.ndim > index.ndim:
+        raise ValueError(f"lengths: expected a ragged cache beside lengths of each batch entry, got {lengths.shape}")
+    return index + aligned("lengths", lengths, index.shape, "*B").astype(index.dtype)
+
+
+def chosen_precision(attention_precision, precision):
+    """`attention_fn`'s precision from that of the attention alone and that of the projections."""
+    return precision_or_none("attention_precision", attention_precision) or precision
 
 
 def given(**options) -> dict[str, Any]:

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.module import merge_param
 
-from jax_flash.flax.functional import attention_fn, cache_positions, extend_cache, given, rotary
+from jax_flash.flax.functional import (
+    attention_fn,
+    cache_positions,
+    cached_tokens,
+    chosen_precision,
+    extend_cache,
+    given,
+    rotary,
+)
 from jax_flash.spec import Fp8
 
 
@@ -100,8 +108,8 @@ class MultiHeadAttention(nn.MultiHeadAttention):
             inputs_v = inputs_k
 
         qkv_features = self.qkv_features or inputs_q.shape[-1]
-        num_kv_heads = self.num_kv_heads or self.num_heads
-        if qkv_features % self.num_heads or self.num_heads % num_kv_heads:
+        num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        if min(self.num_heads, num_kv_heads) < 1 or qkv_features % self.num_heads or self.num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} must divide qkv_features {qkv_features} and be a multiple of"
                 f" num_kv_heads {num_kv_heads}"
@@ -146,9 +154,9 @@ class MultiHeadAttention(nn.MultiHeadAttention):
         elif input_positions is not None:
             raise ValueError("input_positions: only rotary embedding uses positions, but the module has no rotary_base")
         if decode_from is not None:
+            cache_index.value = kv_lengths = cached_tokens(decode_from, key.shape[-3], lengths)
             cached_key.value = key = extend_cache(cached_key.value, key, decode_from)
             cached_value.value = value = extend_cache(cached_value.value, value, decode_from)
-            cache_index.value = kv_lengths = decode_from + (query.shape[-3] if lengths is None else lengths)
 
         if self.dropout_rate > 0.0:
             deterministic = merge_param("deterministic", self.deterministic, deterministic)
@@ -165,7 +173,7 @@ class MultiHeadAttention(nn.MultiHeadAttention):
             dropout_rate=self.dropout_rate,
             deterministic=bool(deterministic),
             dtype=self.dtype,
-            precision=self.attention_precision or self.precision,
+            precision=chosen_precision(self.attention_precision, self.precision),
             module=self if sow_weights else None,
             force_fp32_for_softmax=self.force_fp32_for_softmax,
             is_causal=self.causal or decode_from is not None,

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from flax.nnx.module import first_from
 
-from jax_flash.flax.functional import attention_fn, cache_positions, extend_cache, given, rotary
+from jax_flash.flax.functional import (
+    attention_fn,
+    cache_positions,
+    cached_tokens,
+    chosen_precision,
+    extend_cache,
+    given,
+    rotary,
+)
 from jax_flash.spec import Fp8
 
 
@@ -113,9 +121,9 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         elif input_positions is not None:
             raise ValueError("input_positions: only rotary embedding uses positions, but the module has no rotary_base")
         if decode_from is not None:
+            cache_index[...] = kv_lengths = cached_tokens(decode_from, key.shape[-3], lengths)
             cached_key[...] = key = extend_cache(cached_key[...], key, decode_from)
             cached_value[...] = value = extend_cache(cached_value[...], value, decode_from)
-            cache_index[...] = kv_lengths = decode_from + (query.shape[-3] if lengths is None else lengths)
 
         dropout_rng = None
         if self.dropout_rate > 0.0:
@@ -136,7 +144,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             dropout_rate=self.dropout_rate,
             deterministic=bool(deterministic),
             dtype=self.dtype,
-            precision=self.attention_precision or self.precision,
+            precision=chosen_precision(self.attention_precision, self.precision),
             module=self if sow_weights else None,
             is_causal=is_causal or self.causal or decode_from is not None,
             **given(
