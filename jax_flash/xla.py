@@ -68,7 +68,8 @@ def _attention_tangent(spec: AttentionSpec, primals, tangents):
         return (out, lse), (jnp.zeros_like(out), jnp.zeros_like(lse))
     rows = call.rows(lse)
     (_, total), sums = jax.jvp(lambda *arrays: _sums(_Call(spec, *arrays), rows), primals, tangents)
-    dweighted, dtotal = (jnp.where(rows.seen, x / jnp.where(rows.seen, total, 1), 0) for x in sums)
+    seen = total > 0  # not so where rounding of huge scores has lost a row
+    dweighted, dtotal = (jnp.where(seen, x / jnp.where(seen, total, 1), 0) for x in sums)
     dout = dweighted - _split_heads(out, call.heads).astype(call.dtype) * dtotal
     return (out, lse), call.results(dout, dtotal)
 
@@ -281,7 +282,8 @@ class _Call:
 
 def _online_softmax(tile: _Tile, v, top, total, weighted):
     """Take a tile into the running maximum of the scores, sum of exp(s - maximum) and sum of exp(s - maximum) v."""
-    s, lowest = tile.scores, jnp.finfo(tile.scores.dtype).min
+    # Behind a barrier: XLA would round huge scores once for their maximum, and not in the difference from it.
+    s, lowest = jax.lax.optimization_barrier(tile.scores), jnp.finfo(tile.scores.dtype).min
     seen = s if tile.visible is None else jnp.where(tile.visible, s, lowest)
     new_top = jnp.maximum(top, jnp.max(seen, axis=-1, keepdims=True))
     p = _exp(s - new_top, tile.visible)
@@ -339,7 +341,8 @@ def _tile_gradient(tile: _Tile, v, row: _GradientRows):
 
 
 def _exp(x, visible):
-    """exp(x), 0 where not visible, without overflow there."""
+    """exp(x) for x that are at most 0, but for the rounding of huge scores; 0 where not visible."""
+    x = jnp.minimum(x, 1)
     return jnp.exp(x if visible is None else jnp.where(visible, x, jnp.finfo(x.dtype).min))
 
 

@@ -227,6 +227,15 @@ def test_clean_under_jax_debug_nans_and_infs(compiled):
         jax.vjp(lambda *x: xla.attention(spec, *x, operands), q, k, v)[1]((dout, dlse))
 
 
+@pytest.mark.parametrize("size", [1e5, 1e9, 1e18])
+@pytest.mark.parametrize("results_of", [pair, differentiated])
+def test_huge_scores_stay_finite(results_of, size):
+    inputs = dataclasses.replace(cases.CASES["causal"], head_dim=48).inputs()
+    inputs = inputs._replace(spec=dataclasses.replace(inputs.spec, scale=0.1), q=inputs.q * size, k=inputs.k * size)
+    for name, x in results_of(*inputs).items():
+        assert np.isfinite(x).all(), name
+
+
 def test_memory_grows_with_the_length():
     x = jax.ShapeDtypeStruct((1, 32768, 1, 64), jnp.float32)
     spec = AttentionSpec(0.125, causal=True)
