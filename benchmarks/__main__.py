@@ -23,9 +23,9 @@ from rich.table import Table
 
 from jax_flash import extension
 
-from . import check, report, timing
+from . import check, report, timing, torch_sdpa
 from .cases import Case, grid, named
-from .peers import PEERS, Attention, Skip
+from .peers import PEERS, TORCH, Attention, Skip
 
 
 def scratch_mib(case: Case, attention: Attention) -> float:
@@ -63,28 +63,24 @@ def measure(case: Case, name: str) -> dict:
     attention = PEERS[name](case)
     if case.group == "memory":
         return {"scratch_MiB": scratch_mib(case, attention)}
-    (*operands, cotangent), right = task(case)
-    if case.direction == "fwd":
-        call = jax.jit(attention)
-    else:
-        out, pullback = jax.jit(lambda *x: jax.vjp(attention, *x))(*operands)
-        call, operands = jax.jit(lambda pull, g: pull(g)), [pullback, cotangent]
+    arrays, right = task(case)
+    library = torch_sdpa if name in TORCH else timing
+    call, operands, out = library.prepare(case.direction, attention, arrays)
     if case.group == "compile":
         return {"compile_s": compile_s(call, operands)}
 
     results = call(*operands)
-    names = ("out",) if case.direction == "fwd" else ("dq", "dk", "dv")
-    found = dict(zip(names, (results,) if case.direction == "fwd" else results, strict=True))
-    if case.direction == "bwd":
-        found["out"] = out
-    errors = check.errors(case, right, found)
+    found = (
+        {"out": results} if case.direction == "fwd" else dict(zip(("dq", "dk", "dv"), results, strict=True), out=out)
+    )
+    errors = check.errors(case, right, {name: library.array(x) for name, x in found.items()})
     line = {"error": check.worst(case, errors)} if errors else {}
     if case.group == "accuracy":
         return line | {f"error_{name}": error for name, error in errors.items()}
-    timing.warm_up(call, *operands)
-    kernel, wall = timing.kernel_ms(call, *operands), timing.wall_ms(call, *operands)
+    timing.warm_up(call, *operands, wait=library.wait)
+    kernel, wall = library.kernel_ms(call, *operands), timing.wall_ms(call, *operands, wait=library.wait)
     if case.group == "decode":
-        line["cache_tbs"] = sum(x.nbytes for x in operands[1:]) / (kernel or wall) / 1e9
+        line["cache_tbs"] = sum(x.nbytes for x in arrays[1:3]) / (kernel or wall) / 1e9
     return line | {
         "kernel_ms": kernel,
         "wall_ms": wall,
