@@ -91,10 +91,15 @@ def measure(case: Case, name: str) -> dict:
 def main() -> int:
     groups = named()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("groups", nargs="*", default=["grid"], help=f"any of {', '.join(groups)} (default: grid)")
+    gpu = jax.default_backend() == "gpu"
+    parser.add_argument("groups", nargs="*", help=f"any of {', '.join(groups)} (default: grid; without a GPU: cpu)")
     parser.add_argument("--quick", action="store_true", help="a small grid: the two minutes' look")
     parser.add_argument(
-        "--impl", nargs="+", default=["jax_flash", "cudnn"], choices=list(PEERS), help="implementations to time"
+        "--impl",
+        nargs="+",
+        default=["jax_flash", "cudnn" if gpu else "xla"],
+        choices=list(PEERS),
+        help="implementations to time (default: %(default)s)",
     )
     parser.add_argument("--lengths", type=int, nargs="+", help="grid only: sequence lengths")
     parser.add_argument("--head-dims", type=int, nargs="+", help="grid only: head sizes")
@@ -104,13 +109,14 @@ def main() -> int:
     parser.add_argument("--pictures", action="store_true", help="draw TFLOP/s by length beside the results")
     args = parser.parse_args()
 
+    args.groups = args.groups or [("quick" if args.quick else "grid") if gpu else "cpu"]
     unknown = [group for group in args.groups if group not in groups]
     if unknown:
         parser.error(f"unknown group {unknown[0]!r}: choose from {', '.join(groups)}")
     if args.lengths or args.head_dims:
         filters = {key: value for key, value in (("lengths", args.lengths), ("head_dims", args.head_dims)) if value}
         groups["grid"] = list(grid(**filters))
-    cases = groups["quick"] if args.quick else [case for group in args.groups for case in groups[group]]
+    cases = [case for group in args.groups for case in groups[group]]
     cases = [case for case in cases if not args.directions or case.direction in args.directions]
     console = Console()
     about = report.machine(args.commit) | timing.ceilings()
