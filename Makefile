@@ -24,7 +24,7 @@ format:  ## let ruff and clang-format rewrite the sources
 	$(PYTHON) -m ruff format $(SOURCES)
 	clang-format -i $(CPP)
 
-bench:  ## speed on this machine's GPU, against its peers
+bench:  ## speed on this machine, against its peers
 	$(PYTHON) -m benchmarks
 
 resources:  ## registers, spills and shared memory of every variant: rewrites tests/resources.csv

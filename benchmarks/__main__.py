@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--directions", nargs="+", choices=["fwd", "bwd"], help="only these")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmark.jsonl"))
     parser.add_argument("--commit", default="", help="recorded with the results where git cannot tell it")
-    parser.add_argument("--pictures", action="store_true", help="draw TFLOP/s by length beside the results")
+    parser.add_argument("--pictures", action="store_true", help="draw speed and memory by length beside the results")
     args = parser.parse_args()
 
     args.groups = args.groups or [("quick" if args.quick else "grid") if gpu else "cpu"]

@@ -75,11 +75,6 @@ def test_links_and_named_files_are_there(page):
         assert (ROOT / path).exists() or (page.parent / path).exists(), path
 
 
-def test_every_page_is_in_the_navigation():
-    listed = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
-
-
 def raised() -> dict[str, str]:
     """The messages that the package raises, with `...` for what differs from call to call, and the line of each."""
     found = {}
