@@ -54,6 +54,12 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch):
     assert quote.quoted(page.replace("400", "500")) == page
 
 
+def test_every_kept_run_is_listed():
+    listed = (ROOT / "benchmarks" / "results" / "README.md").read_text()
+    for run in [*quote.RESULTS.glob("*.jsonl"), *quote.RESULTS.glob("logs/*")]:
+        assert f"`{run.relative_to(quote.RESULTS)}`" in listed, run
+
+
 def anchors(page: pathlib.Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and MkDocs make them."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
