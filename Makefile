@@ -24,13 +24,13 @@ format:  ## let ruff and clang-format rewrite the sources
 	$(PYTHON) -m ruff format $(SOURCES)
 	clang-format -i $(CPP)
 
-bench:  ## speed on this machine's GPU, against its peers
+bench:  ## speed on this machine, against its peers
 	$(PYTHON) -m benchmarks
 
-resources:  ## registers, spills and shared memory of every variant: rewrites tests/resources.csv
+resources:  ## registers, spills and shared memory of every variant, by NVRTC without a GPU: rewrites tests/resources.csv
 	$(PYTHON) tools/resources.py
 
-sass:  ## machine code of a call: make sass CALL="--head-dim 128 --causal --arch 9.0"
+sass:  ## machine code of a call, by NVRTC and nvdisasm without a GPU: make sass CALL="--head-dim 128 --causal --arch 9.0"
 	$(PYTHON) tools/sass.py $(CALL)
 
 sanitize:  ## every kernel under compute-sanitizer, on this machine's GPU

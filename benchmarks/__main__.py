@@ -23,9 +23,9 @@ from rich.table import Table
 
 from jax_flash import extension
 
-from . import check, report, timing
+from . import check, report, timing, torch_sdpa
 from .cases import Case, grid, named
-from .peers import PEERS, Attention, Skip
+from .peers import PEERS, TORCH, Attention, Skip
 
 
 def scratch_mib(case: Case, attention: Attention) -> float:
@@ -63,28 +63,24 @@ def measure(case: Case, name: str) -> dict:
     attention = PEERS[name](case)
     if case.group == "memory":
         return {"scratch_MiB": scratch_mib(case, attention)}
-    (*operands, cotangent), right = task(case)
-    if case.direction == "fwd":
-        call = jax.jit(attention)
-    else:
-        out, pullback = jax.jit(lambda *x: jax.vjp(attention, *x))(*operands)
-        call, operands = jax.jit(lambda pull, g: pull(g)), [pullback, cotangent]
+    arrays, right = task(case)
+    library = torch_sdpa if name in TORCH else timing
+    call, operands, out = library.prepare(case.direction, attention, arrays)
     if case.group == "compile":
         return {"compile_s": compile_s(call, operands)}
 
     results = call(*operands)
-    names = ("out",) if case.direction == "fwd" else ("dq", "dk", "dv")
-    found = dict(zip(names, (results,) if case.direction == "fwd" else results, strict=True))
-    if case.direction == "bwd":
-        found["out"] = out
-    errors = check.errors(case, right, found)
+    found = (
+        {"out": results} if case.direction == "fwd" else dict(zip(("dq", "dk", "dv"), results, strict=True), out=out)
+    )
+    errors = check.errors(case, right, {name: library.array(x) for name, x in found.items()})
     line = {"error": check.worst(case, errors)} if errors else {}
     if case.group == "accuracy":
         return line | {f"error_{name}": error for name, error in errors.items()}
-    timing.warm_up(call, *operands)
-    kernel, wall = timing.kernel_ms(call, *operands), timing.wall_ms(call, *operands)
+    timing.warm_up(call, *operands, wait=library.wait)
+    kernel, wall = library.kernel_ms(call, *operands), timing.wall_ms(call, *operands, wait=library.wait)
     if case.group == "decode":
-        line["cache_tbs"] = sum(x.nbytes for x in operands[1:]) / (kernel or wall) / 1e9
+        line["cache_tbs"] = sum(x.nbytes for x in arrays[1:3]) / (kernel or wall) / 1e9
     return line | {
         "kernel_ms": kernel,
         "wall_ms": wall,
@@ -95,26 +91,32 @@ def measure(case: Case, name: str) -> dict:
 def main() -> int:
     groups = named()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("groups", nargs="*", default=["grid"], help=f"any of {', '.join(groups)} (default: grid)")
+    gpu = jax.default_backend() == "gpu"
+    parser.add_argument("groups", nargs="*", help=f"any of {', '.join(groups)} (default: grid; without a GPU: cpu)")
     parser.add_argument("--quick", action="store_true", help="a small grid: the two minutes' look")
     parser.add_argument(
-        "--impl", nargs="+", default=["jax_flash", "cudnn"], choices=list(PEERS), help="implementations to time"
+        "--impl",
+        nargs="+",
+        default=["jax_flash", "cudnn" if gpu else "xla"],
+        choices=list(PEERS),
+        help="implementations to time (default: %(default)s)",
     )
     parser.add_argument("--lengths", type=int, nargs="+", help="grid only: sequence lengths")
     parser.add_argument("--head-dims", type=int, nargs="+", help="grid only: head sizes")
     parser.add_argument("--directions", nargs="+", choices=["fwd", "bwd"], help="only these")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmark.jsonl"))
     parser.add_argument("--commit", default="", help="recorded with the results where git cannot tell it")
-    parser.add_argument("--pictures", action="store_true", help="draw TFLOP/s by length beside the results")
+    parser.add_argument("--pictures", action="store_true", help="draw speed and memory by length beside the results")
     args = parser.parse_args()
 
+    args.groups = args.groups or [("quick" if args.quick else "grid") if gpu else "cpu"]
     unknown = [group for group in args.groups if group not in groups]
     if unknown:
         parser.error(f"unknown group {unknown[0]!r}: choose from {', '.join(groups)}")
     if args.lengths or args.head_dims:
         filters = {key: value for key, value in (("lengths", args.lengths), ("head_dims", args.head_dims)) if value}
         groups["grid"] = list(grid(**filters))
-    cases = groups["quick"] if args.quick else [case for group in args.groups for case in groups[group]]
+    cases = [case for group in args.groups for case in groups[group]]
     cases = [case for case in cases if not args.directions or case.direction in args.directions]
     console = Console()
     about = report.machine(args.commit) | timing.ceilings()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from . import torch_sdpa
 from .cases import Case
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -15,6 +16,16 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 class Skip(Exception):
     """This implementation does not do this case; the text says why."""
+
+
+def _needs_gpu() -> None:
+    if jax.default_backend() != "gpu":
+        raise Skip("needs a GPU")
+
+
+def _plain_only(case: Case) -> None:
+    if case.feature or case.documents or case.window is not None or case.precision:
+        raise Skip("plain and causal cases only")
 
 
 def jax_flash(case: Case) -> Attention:
@@ -52,8 +63,7 @@ def _jax_nn(case: Case, implementation: str) -> Attention:
 
 
 def cudnn(case: Case) -> Attention:
-    if jax.default_backend() != "gpu":
-        raise Skip("needs a GPU")
+    _needs_gpu()
     return _jax_nn(case, "cudnn")
 
 
@@ -62,22 +72,18 @@ def xla(case: Case) -> Attention:
 
 
 def pallas(case: Case) -> Attention:
-    """jax's Pallas Mosaic GPU attention: forward only, float16, no causal short cut in every version."""
+    """jax's Pallas Mosaic GPU attention. It scales no scores: the query is scaled before, within the time."""
+    _needs_gpu()
     try:
         from jax.experimental.pallas.ops.gpu import attention_mgpu
     except ImportError as error:
         raise Skip(f"not in this jax: {error}") from None
-    if (
-        case.direction == "bwd"
-        or case.feature
-        or case.documents
-        or case.window
-        or case.precision
-        or case.dtype != "f16"
-    ):
-        raise Skip("forward, float16, plain or causal only")
-    config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=case.causal)
-    return functools.partial(attention_mgpu.attention, config=config)
+    _plain_only(case)
+    if case.direction == "bwd" or case.dtype != "f16":
+        raise Skip("forward only, float16 only")  # its output is float16 whatever the operands
+    block_kv = 128 if case.head_dim <= 128 else 64  # two steps of keys and values fit shared memory
+    config = attention_mgpu.TuningConfig(block_q=64, block_kv=block_kv, max_concurrent_steps=2, causal=case.causal)
+    return lambda q, k, v: attention_mgpu.attention(q * case.head_dim**-0.5, k, v, config)
 
 
 def tokamax(case: Case) -> Attention:
@@ -85,8 +91,8 @@ def tokamax(case: Case) -> Attention:
         import tokamax as package
     except ImportError:
         raise Skip("not installed") from None
-    if case.feature or case.documents or case.window or case.precision:
-        raise Skip("plain cases only")
+    _needs_gpu()
+    _plain_only(case)
     return lambda q, k, v: package.dot_product_attention(q, k, v, is_causal=case.causal, implementation="mosaic")
 
 
@@ -95,12 +101,28 @@ def flash_attn_jax(case: Case) -> Attention:
         from flash_attn_jax import flash_mha
     except ImportError:
         raise Skip("not installed") from None
+    _needs_gpu()
     if case.feature or case.documents or case.precision:
         raise Skip("plain and windowed cases only")
     window = (case.window, 0) if case.window is not None else (-1, -1)
     return lambda q, k, v: flash_mha(q, k, v, is_causal=case.causal, window_size=window)
 
 
+def _torch(case: Case, backend: str) -> Attention:
+    """Takes tensors of torch: see torch_sdpa."""
+    try:
+        import torch
+    except ImportError:
+        raise Skip("not installed") from None
+    if not torch.cuda.is_available():
+        raise Skip("needs a GPU")
+    _plain_only(case)
+    if case.dtype == "f32" or case.group in ("memory", "compile"):
+        raise Skip("times and errors in float16 and bfloat16 only")
+    return torch_sdpa.attention(case, backend)
+
+
+TORCH = {"torch_flash": "FLASH_ATTENTION", "torch_cudnn": "CUDNN_ATTENTION"}
 PEERS: dict[str, Callable[[Case], Attention]] = {
     "jax_flash": jax_flash,
     "cudnn": cudnn,
@@ -108,4 +130,5 @@ PEERS: dict[str, Callable[[Case], Attention]] = {
     "pallas": pallas,
     "tokamax": tokamax,
     "flash_attn_jax": flash_attn_jax,
+    **{name: functools.partial(_torch, backend=backend) for name, backend in TORCH.items()},
 }

@@ -8,8 +8,8 @@ A block of a page looks like
 
 and names a file of benchmarks/results, then what to show: `grid DIRECTION DTYPE` (speed by length and head size),
 `cases GROUP` (a line a case), `features` (what each costs), `accuracy` (errors beside cuDNN's), `decode` (beside a
-copy), `train` (steps of benchmarks.train) or `parallel` (of several devices). The pictures in docs/pictures are drawn
-from the same files. `--check` writes nothing and fails where a page and its run disagree.
+copy), `train` (steps of benchmarks.train), `parallel` (of several devices) or `memory` (by length). The pictures in
+docs/pictures are drawn from the same files. `--check` writes nothing and fails where a page and its run disagree.
 
 After a new run: copy its files over those in benchmarks/results, run this, look at the pages and pictures.
 """
@@ -147,7 +147,18 @@ def decode(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-KINDS = {kind.__name__: kind for kind in (grid, cases, features, accuracy, train, parallel, decode)}
+def memory(rows: list[dict[str, Any]]) -> list[str]:
+    """MiB that forward and backward need beside operands and results, by sequence length."""
+    mib = {(row["impl"], row["S"]): row["scratch_MiB"] for row in rows if "scratch_MiB" in row}
+    names = [name for name in LABELS if any(impl == name for impl, _ in mib)]
+    lines = [f"| MiB | {' | '.join(LABELS[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    for length in sorted({s for _, s in mib}):
+        cells = [f"{mib[name, length]:.0f}" if (name, length) in mib else "-" for name in names]
+        lines.append(f"| S {length} | {' | '.join(cells)} |")
+    return lines
+
+
+KINDS = {kind.__name__: kind for kind in (grid, cases, features, accuracy, train, parallel, decode, memory)}
 
 
 def quoted(text: str) -> str:

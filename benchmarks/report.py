@@ -19,6 +19,8 @@ LABELS = {
     "pallas": "Pallas Mosaic GPU",
     "tokamax": "tokamax",
     "flash_attn_jax": "flash_attn_jax",
+    "torch_flash": "torch, flash",
+    "torch_cudnn": "torch, cuDNN",
 }
 COLORS = {
     "jax_flash": "#d95f02",
@@ -28,6 +30,8 @@ COLORS = {
     "pallas": "#7570b3",
     "tokamax": "#66a61e",
     "flash_attn_jax": "#a6761d",
+    "torch_flash": "#e7298a",
+    "torch_cudnn": "#386cb0",
 }
 
 

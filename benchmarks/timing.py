@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 REPEATS = 20
+wait = jax.block_until_ready
+array = jnp.asarray  # a result as check takes it
+
+
+def prepare(direction: str, attention: Callable[..., Any], arrays: Sequence[jax.Array]):
+    """The jitted call to time, its operands, and the output if the call does not give it."""
+    *operands, cotangent = arrays
+    if direction == "fwd":
+        return jax.jit(attention), operands, None
+    out, pullback = jax.jit(lambda *x: jax.vjp(attention, *x))(*operands)
+    return jax.jit(lambda pull, g: pull(g)), [pullback, cotangent], out
 
 
 def kernel_ms(call: Callable[..., Any], *operands: Any, repeats: int = REPEATS) -> float | None:
@@ -25,24 +36,26 @@ def kernel_ms(call: Callable[..., Any], *operands: Any, repeats: int = REPEATS) 
     return statistics.median(runs) if runs else None
 
 
-def wall_ms(call: Callable[..., Any], *operands: Any, repeats: int = REPEATS, budget_s: float = 0.3) -> float:
+def wall_ms(
+    call: Callable[..., Any], *operands: Any, repeats: int = REPEATS, budget_s: float = 0.3, wait=wait
+) -> float:
     """Time per call of calls queued one after the other, median of five rounds; fewer calls where they are long."""
 
     def round_s(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
             out = call(*operands)
-        jax.block_until_ready(out)
+        wait(out)
         return (time.perf_counter() - start) / calls
 
     calls = max(1, min(repeats, int(budget_s / 5 / round_s(1))))
     return statistics.median(round_s(calls) for _ in range(5)) * 1e3
 
 
-def warm_up(call: Callable[..., Any], *operands: Any, repeats: int = 3) -> None:
+def warm_up(call: Callable[..., Any], *operands: Any, repeats: int = 3, wait=wait) -> None:
     for _ in range(repeats):
         out = call(*operands)
-    jax.block_until_ready(out)
+    wait(out)
 
 
 def ceilings() -> dict[str, float]:

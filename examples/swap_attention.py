@@ -58,6 +58,8 @@ def picture(lengths, results, path: pathlib.Path):
         for (name, rows), color in zip(results.items(), ("#999999", "#d95f02"), strict=True):
             axis.loglog(lengths, [row[column] for row in rows], marker="o", label=name, color=color, base=2)
         axis.set(title=title, xlabel="sequence length")
+        axis.set_xticks(lengths, lengths)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=130)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import __main__ as tool
 from benchmarks import check, quote, report
 from benchmarks.cases import Case, named
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, Skip
 
 CASES = {
     "full": Case("t", 2, 160, 160, 2, 2, 16, "f32", "bwd"),
@@ -58,6 +58,32 @@ def test_compile_time_is_that_of_an_empty_cache(monkeypatch):
 def test_every_case_has_its_own_name():
     for group, cases in named().items():
         assert len({str(case) for case in cases}) == len(cases), group
+
+
+def test_every_peer_has_a_label_and_says_why_it_skips():
+    assert PEERS.keys() <= report.LABELS.keys() == report.COLORS.keys()
+    for name in PEERS.keys() - {"jax_flash", "xla"}:
+        if jax.default_backend() != "gpu":
+            with pytest.raises(Skip, match=r"needs a GPU|not installed"):
+                tool.measure(CASES["full"], name)
+
+
+def test_a_run_of_the_memory_group_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
+    origin = {"device": "a GPU", "date": "2026-01-01", "commit": "abc", "jax": "0.11.2"}
+    run = [("jax_flash", 4096, 64.0), ("jax_flash", 16384, 256.0), ("xla", 4096, 2048.0)]
+    lines = [{"impl": impl, "group": "memory", "S": s, "scratch_MiB": mib} | origin for impl, s, mib in run]
+    lines.append({"impl": "xla", "group": "memory", "S": 16384, "skipped": "does not fit"} | origin)
+    (tmp_path / "run.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- run: run.jsonl memory -->\n<!-- end -->")
+    monkeypatch.setattr(quote, "RESULTS", tmp_path)
+    monkeypatch.setattr(quote, "ROOT", tmp_path)
+    monkeypatch.setattr(quote, "PICTURES", tmp_path / "pictures")
+    monkeypatch.setattr(quote, "PAGES", [page])
+    monkeypatch.setattr("sys.argv", ["quote"])
+    assert quote.main() == 0
+    assert "| S 4096 | 64 | 2048 |" in page.read_text() and "| S 16384 | 256 | - |" in page.read_text()
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["memory.png"]
 
 
 def test_lines_become_tables_and_pictures(tmp_path, monkeypatch):

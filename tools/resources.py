@@ -94,7 +94,7 @@ def measure(call: str, arch: int) -> list[Row]:
 def measure_all(calls: Iterable[str]) -> list[Row]:
     jobs = list(itertools.product(calls, ARCHS))
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        return sorted(row for rows in pool.starmap(measure, jobs, chunksize=1) for row in rows)
+        return sorted({row for rows in pool.starmap(measure, jobs, chunksize=1) for row in rows})  # plans share kernels
 
 
 def nvrtc_version() -> str:
@@ -123,13 +123,17 @@ def main() -> int:
     )
     parser.add_argument("--sample", action="store_true", help="only what CI compiles; the rest of the table stays")
     calls = SAMPLE if parser.parse_args().sample else ALL
+    try:
+        version = nvrtc_version()
+    except RuntimeError as error:
+        parser.exit(2, f"{error}\n")
     rows = measure_all(calls)
     kept = [row for row in read().values() if row.call not in calls and row.call in ALL] if TABLE.exists() else []
     write(sorted(rows + kept))
     for row in rows:
         if row.spill_bytes or row.waits:
             print(f"{row.spill_bytes} bytes spilled {row.waits}", *row.key)
-    print(f"{len(rows)} kernels by {nvrtc_version()}, {sum(row.spill_bytes > 0 for row in rows)} spill; wrote {TABLE}")
+    print(f"{len(rows)} kernels by {version}, {sum(row.spill_bytes > 0 for row in rows)} spill; wrote {TABLE}")
     return 0
 
 

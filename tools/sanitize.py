@@ -10,6 +10,7 @@ import argparse
 import concurrent.futures
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -90,6 +91,8 @@ def main() -> int:
     if args.calls:
         calls()
         return 0
+    if not shutil.which("compute-sanitizer"):
+        parser.exit(2, "no compute-sanitizer on the path: it comes with NVIDIA's CUDA toolkit\n")
     jobs = [(tool, name) for tool in args.tools or TOOLS for name in FAMILIES]
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
         runs = pool.map(lambda job: sanitize(job[0], FAMILIES[job[1]]), jobs)

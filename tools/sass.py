@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,12 @@ COUNTED = ("HGMMA", "QGMMA", "HMMA", "MUFU", "FFMA", "LDSM", "LDGSTS", "UTMALDG"
 
 
 def main(arguments: list[str]) -> int:
+    if not shutil.which("nvdisasm"):
+        sys.exit("no nvdisasm on the path: it comes with NVIDIA's CUDA toolkit")
+    try:
+        native().nvrtc()
+    except RuntimeError as error:
+        sys.exit(str(error))
     FOLDER.mkdir(parents=True, exist_ok=True)
     for direction, arch, plan in plans(argument_parser().parse_args(["explain", *arguments])):
         for kernel in plan.get("kernels", ()):
