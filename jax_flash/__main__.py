@@ -182,17 +182,19 @@ def doctor(_: argparse.Namespace) -> int:
     """What was found, and what to do about what is missing."""
     healthy = True
 
-    def report(title: str, finding: Callable[[], str], advice: str) -> None:
+    def report(title: str, finding: Callable[[], str], advice: str) -> bool:
         nonlocal healthy
         try:
             print(f"{'ok':8}{title}: {finding()}")
+            return True
         except (ImportError, OSError, RuntimeError) as error:
             healthy = False
             print(f"{'MISSING':8}{title}: {error}\n{'':8}-> {advice}")
+            return False
 
     report("Python, JAX", lambda: f"{platform.python_version()}, {jax.__version__}", "")
-    report("extension", lambda: str(extension.native().__file__), "build it: pip install . (or tools/build_native.sh)")
-    if not healthy:
+    build = "build it: pip install . (or tools/build_native.sh)"
+    if not report("extension", lambda: str(extension.native().__file__), build):
         return 1
     native = extension.native()
     report(
@@ -200,10 +202,13 @@ def doctor(_: argparse.Namespace) -> int:
     )
     report("GPUs", _gpus, "without a GPU of compute capability 8.0 or newer, attention runs in XLA")
     report("JAX's devices", _jax_gpus, "install JAX for the GPU: pip install 'jax_flash[cuda13]' (or [cuda12])")
-    report("NVRTC", lambda: "{path}, version {version[0]}.{version[1]}".format(**native.nvrtc()), "see above")
+    compiler = report(
+        "NVRTC", lambda: "{path}, version {version[0]}.{version[1]}".format(**native.nvrtc()), "as for JAX's devices"
+    )
     report("kernels", _kernels, "reinstall jax_flash")
     report("cache", _cache, f"point {extension.CACHE_DIR} at a folder that you alone can write")
-    report("a kernel compiles", _compile_one, "report this, with the message above")
+    if compiler:
+        report("a kernel compiles", _compile_one, "report this, with the message above")
     return 0 if healthy else 1
 
 
