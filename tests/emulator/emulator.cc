@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <csetjmp>
 #include <cstdarg>
@@ -39,8 +40,8 @@ namespace {
 // for static arrays.
 constexpr uint32_t kWindow = 1 << 18, kFirst = 1024;
 constexpr size_t kStackBytes = 256 << 10;
-constexpr int kPatience = 1 << 20;  // polls of global memory, of a block that cannot do anything else, in all
-constexpr int kConstancy = 256;     // steps for which priorities last, on average
+constexpr std::chrono::minutes kPatience{3};  // of a block that polls global memory
+constexpr int kConstancy = 256;               // steps for which priorities last, on average
 
 struct Fiber;
 
@@ -129,7 +130,7 @@ struct Block {
   std::jmp_buf scheduler;
   Fiber* running = nullptr;
   size_t alive = 0;
-  int patience = kPatience;
+  const std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
   std::string error;
 
   bool Coin() { return random() & 1; }
@@ -186,7 +187,7 @@ void Block::Step() {
     if (running->started) _longjmp(running->resume, 1);
     running->started = true;
     setcontext(&running->start);
-  } else if (!polling.empty() && --patience > 0) {
+  } else if (!polling.empty() && std::chrono::steady_clock::now() - start < kPatience) {
     std::this_thread::yield();
     Wake(polling);
   } else {
