@@ -49,13 +49,17 @@ Sm80BackwardTiles ChooseTiles(const Call& call) {
     int largest_head;    // tile
     bool crowded;        // whether its registers have room for many features
     int fewest_queries;  // of a call
+    int blocks;          // that must fit a multiprocessor
   };
   constexpr Choice kTable[] = {
       // queries, keys, head sizes, warps, rows of warps for scores, keys and queries, stages
-      {{128, 64, 0, 0, 4, 2, 2, 2, 2, true}, 64, false, 4096}, {{64, 64, 0, 0, 4, 2, 2, 2, 2, true}, 64, true, 0},
-      {{64, 64, 0, 0, 4, 2, 2, 2, 1, true}, 128, false, 0},    {{64, 64, 0, 0, 8, 4, 2, 4, 2, true}, 256, true, 0},
-      {{64, 64, 0, 0, 8, 4, 2, 2, 1, true}, 256, true, 0},     {{64, 32, 0, 0, 8, 4, 2, 2, 1, true}, 256, true, 0},
-      {{32, 32, 0, 0, 4, 2, 2, 2, 1, true}, 256, true, 0},
+      {{128, 64, 0, 0, 4, 2, 2, 2, 2, true}, 64, false, 4096, 2},
+      {{64, 64, 0, 0, 4, 2, 2, 2, 2, true}, 64, true, 0, 1},
+      {{64, 64, 0, 0, 4, 2, 2, 2, 1, true}, 128, false, 0, 1},
+      {{64, 64, 0, 0, 8, 4, 2, 4, 2, true}, 256, true, 0, 1},
+      {{64, 64, 0, 0, 8, 4, 2, 2, 1, true}, 256, true, 0, 1},
+      {{64, 32, 0, 0, 8, 4, 2, 2, 1, true}, 256, true, 0, 1},
+      {{32, 32, 0, 0, 4, 2, 2, 2, 1, true}, 256, true, 0, 1},
   };
   for (Choice choice : kTable) {
     Sm80BackwardTiles& tiles = choice.tiles;
@@ -65,7 +69,7 @@ Sm80BackwardTiles ChooseTiles(const Call& call) {
     tiles.value_dim = value_tile;
     if (head_tile == 96 && tiles.warps == 8) tiles.key_rows = tiles.query_rows = 4;
     tiles.query_gradient = !spec.deterministic;
-    if (SharedBytes(tiles) <= SharedLimit(call.arch)) return tiles;
+    if (choice.blocks * SharedBytes(tiles) <= SharedLimit(call.arch)) return tiles;
   }
   throw Error("no tile of the sm80 backward fits the shared memory");
 }
