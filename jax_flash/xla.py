@@ -282,11 +282,12 @@ class _Call:
 
 def _online_softmax(tile: _Tile, v, top, total, weighted):
     """Take a tile into the running maximum of the scores, sum of exp(s - maximum) and sum of exp(s - maximum) v."""
-    # Behind a barrier: XLA would round huge scores once for their maximum, and not in the difference from it.
-    s, lowest = jax.lax.optimization_barrier(tile.scores), jnp.finfo(tile.scores.dtype).min
-    seen = s if tile.visible is None else jnp.where(tile.visible, s, lowest)
+    s = tile.scores
+    seen = s if tile.visible is None else jnp.where(tile.visible, s, jnp.finfo(s.dtype).min)
     new_top = jnp.maximum(top, jnp.max(seen, axis=-1, keepdims=True))
-    p = _exp(s - new_top, tile.visible)
+    # XLA may round huge scores for their maximum, and not in the difference from it: that of the maximum itself is set
+    # to zero (NaN if it is inf).
+    p = _exp(jnp.where(s >= new_top, new_top - new_top, s - new_top), tile.visible)
     shrink = jnp.exp(top - new_top)
     total = total * shrink + jnp.sum(p, axis=-1, keepdims=True)
     p = p if tile.keep is None else p * tile.keep
