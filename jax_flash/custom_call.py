@@ -36,6 +36,7 @@ from jax_flash.spec import TRAILING_AXES, WITHOUT_BATCH, AttentionSpec, Operands
 SAVE_NAMES = ("jax_flash_out", "jax_flash_lse")
 """Names (`checkpoint_name`) of output and lse: a remat policy that saves both runs the forward kernel once."""
 
+_CONFIG: Any = jax.config  # in JAX 0.10, its type lacks its flags
 logger = logging.getLogger("jax_flash")
 
 # Of a backward call: they always have the full batch axes.
@@ -441,7 +442,7 @@ def _run(call: Call) -> Callable[..., tuple[Any, ...]]:
         if mesh is not None:
             return _on_explicit_mesh(call, mesh, functools.partial(_per_device, call), arrays)
         # Inside shard_map, custom_partitioning would drop the varying axes; without jit, it meets constants.
-        if any(_varying(x) for x in arrays) or jax.config.jax_disable_jit:
+        if any(_varying(x) for x in arrays) or _CONFIG.jax_disable_jit:
             return _per_device(call, *arrays)
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
         return _partitioned(call, shapes)(*arrays)
