@@ -45,6 +45,7 @@ class Case:
     # Axes of size 1, as (name, axis): of q, k, v and the operands. mask and bias may have them anywhere, the others
     # among the batch axes.
     broadcast: frozenset[tuple[str, int]] = frozenset()
+    growth: float = 0.0  # of the keys, from the last to the first: so grow the maxima of the scores
     seed: int = 0
 
     @property
@@ -91,6 +92,7 @@ class Case:
                 dropout_head=np.arange(self.q_heads, dtype=np.int32),
             )
         q, k, v, dout = (normal(name, self.dtype) for name in ("q", "k", "v", "dout"))
+        k *= (1 + self.growth * np.linspace(1, 0, k.shape[-3])[:, None, None]).astype(k.dtype)
         dlse = normal("dlse", "float32") if has("dlse") else None
         for x, lengths in ((q, operands.q_lengths), (k, operands.kv_lengths), (v, operands.kv_lengths)):
             _poison(rng, self.batch, x, lengths)
@@ -294,6 +296,8 @@ CASES: dict[str, Case] = {
     "values narrower": Case(head_dim=24, value_dim=8),
     "head size of one": Case(head_dim=1, value_dim=3),
     "negative scale": Case(scale=-0.5),
+    "growing scores": Case(growth=20.0),
+    "growing scores, causal": Case(growth=20.0, causal=True),
     "one query": _case("q_offset", q_len=1, causal=True),
     "one key": Case(kv_len=1),
     "one query, one key": Case(q_len=1, kv_len=1),

@@ -24,6 +24,7 @@ CASES = {
         ("causal", {"head_dim": 72, "dtype": "float16", "deterministic": True}),
         ("segment ids, causal", HEADS_128),
         ("one query", {"kv_len": 1500, "q_heads": 8, "head_dim": 64}),
+        ("growing scores", {**HEADS_128, **LONGER}),
     ],
     90: [
         ("everything", {}),
@@ -33,6 +34,8 @@ CASES = {
         ("grouped heads", {"head_dim": 256, "value_dim": 256, "deterministic": True}),
         ("segment ids", {"head_dim": 96, "value_dim": 96, "dtype": "float16"}),
         ("lengths, causal", {"head_dim": 128, "value_dim": 64}),
+        ("growing scores", {**HEADS_128, **LONGER}),
+        ("growing scores, causal", {"head_dim": 256, "value_dim": 256, "dtype": "float16", **LONGER}),
         ("window, offset", {**HEADS_128, "q_len": 500, "kv_len": 700, "deterministic": True}),
     ],
 }

@@ -82,6 +82,10 @@ JF_DEVICE T afresh(T x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+JF_DEVICE float afresh(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
 
 #if __CUDA_ARCH__ >= 900
 // Adds to four floats in global memory (16-byte aligned), without waiting.

@@ -1,10 +1,12 @@
 // Online softmax over the key tiles of a query tile, on accumulator fragments whose rows are queries.
 //
-//   p[j] = 2^(unit * s[j] - unit * m),  m the running row maximum of s (as the scores come: unscaled), sum += p
+//   p[j] = 2^(unit * s[j] - top),  top near the running row maximum of unit * s,  sum += p
 //
-// With kSkip the maximum is left behind until it grew by more than 2^8: p stays below 2^8, which fp32 sums, f16 and
-// bf16 hold, and the final division makes it exact. The output must be multiplied by `rescale` whenever it is not 1. A
-// row that has seen no key keeps m = -inf and sum 0; -inf scores contribute exactly 0.
+// The top of a row is the maximum of the first tile in which it sees a key, and is left behind until a score exceeds it
+// by more than 8: p stays below 2^8, which fp32 sums, f16 and bf16 hold, and the final division makes it exact. Whether
+// one does is found without the rows' maxima: exponents above zero are ordered as the integers of the same bits, and a
+// maximum of three integers is one instruction (on Hopper). A row that has seen no key has sum 0; -inf scores
+// contribute exactly 0.
 #pragma once
 #include "pieces/fragment.cuh"
 
@@ -16,58 +18,123 @@ JF_DEVICE float exp2_shared(float x, int i) {
   return (i * kSoftware) % 16 < kSoftware ? exp2_software(x) : exp2_fast(x);
 }
 
-template <bool kSkip, int kSoftware = 0>
+// kStartsEmpty: a row may see no key of the first tile.
+template <bool kStartsEmpty, int kSoftware = 0>
 struct OnlineSoftmax {
-  static constexpr float kSkipThreshold = 8.f;
-  float maximum[2];
-  float sum[2];  // of this thread's columns only, until finish()
+  static constexpr float kThreshold = 8.f;
+  float top[2];
+  float sum[2];      // of this thread's columns only, until finish()
+  bool some_unseen;  // of the rows of the warp
 
   JF_DEVICE void reset() {
-#pragma unroll
-    for (int r = 0; r < 2; r++) maximum[r] = -infinity(), sum[r] = 0.f;
+    top[0] = top[1] = sum[0] = sum[1] = 0.f;
+    some_unseen = true;
   }
 
-  // Scores become probabilities in place. kFirst: nothing was accumulated yet, rescale is 1.
+  // Scores become probabilities in place. Returns whether the output must be multiplied by `rescale`. kFirst: nothing was
+  // accumulated yet.
   template <bool kFirst, int N>
-  JF_DEVICE void step(float (&s)[N], float (&rescale)[2], float unit) {
-    float highest[2] = {kFirst ? -infinity() : maximum[0], kFirst ? -infinity() : maximum[1]};
-#pragma unroll
-    for (int i = 0; i < N; i++) highest[fragment_row(i)] = fmaxf(highest[fragment_row(i)], s[i]);
-    float shift[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      highest[r] = row_maximum(highest[r]);
-      if (kSkip && !kFirst && (highest[r] - maximum[r]) * unit <= kSkipThreshold) highest[r] = maximum[r];
-      const bool none = highest[r] == -infinity();  // -inf - -inf would be NaN
-      shift[r] = none ? 0.f : highest[r] * unit;
-      rescale[r] = kFirst || none ? 1.f : exp2_fast(maximum[r] * unit - shift[r]);
-      maximum[r] = highest[r];
-      sum[r] = kFirst ? 0.f : sum[r] * rescale[r];
-    }
-#pragma unroll
-    for (int i = 0; i < N; i++) s[i] = exp2_shared<kSoftware>(fmaf(s[i], unit, -shift[fragment_row(i)]), i);
-#pragma unroll
-    for (int i = 0; i < N; i++) sum[fragment_row(i)] += s[i];
+  JF_DEVICE bool step(float (&s)[N], float (&rescale)[2], float unit) {
+    if constexpr (kFirst) reset();
+    if (kFirst || (kStartsEmpty && some_unseen)) begin<kFirst>(s, unit);
+    rescale[0] = rescale[1] = 1.f;
+    constexpr int kLead = N < 16 ? N : 16;  // whose exponentials run under the search of the others
+    const bool early = part<kFirst, 0, kLead>(s, rescale, unit), late = part<kFirst, kLead, N>(s, rescale, unit);
+    return early || late;
   }
 
   // The factor that normalises the output of row r, and the row's natural lse. `sink` (natural units) joins the
   // denominator of a row that saw a key; a row that saw none gives 0 and -inf.
   template <bool kSink>
-  JF_DEVICE float finish(int r, float unit, float sink, float& lse) const {
+  JF_DEVICE float finish(int r, float sink, float& lse) const {
     const float total = row_sum(sum[r]);
-    if (maximum[r] == -infinity()) {
+    if (total == 0.f) {
       lse = -infinity();
       return 0.f;
     }
-    const float top = maximum[r] * unit;
     if constexpr (!kSink) {
-      lse = (top + log2_fast(total)) * kLn2;
+      lse = (top[r] + log2_fast(total)) * kLn2;
       return 1.f / total;
     }
-    const float sink_log2 = sink * kLog2E, high = fmaxf(top, sink_log2);
-    const float keys = exp2_fast(top - high), all = fmaf(total, keys, exp2_fast(sink_log2 - high));
+    const float sink_log2 = sink * kLog2E, high = fmaxf(top[r], sink_log2);
+    const float keys = exp2_fast(top[r] - high), all = fmaf(total, keys, exp2_fast(sink_log2 - high));
     lse = (high + log2_fast(all)) * kLn2;
     return keys / all;
+  }
+
+ private:
+  template <int kBegin, int kEnd, int N>
+  static JF_DEVICE void row_maxima(const float (&s)[N], float (&highest)[2]) {
+    highest[0] = highest[1] = -infinity();
+#pragma unroll
+    for (int i = kBegin; i < kEnd; i++) highest[fragment_row(i)] = fmaxf(highest[fragment_row(i)], s[i]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) highest[r] = row_maximum(highest[r]);
+  }
+
+  // The tops of the rows that have seen no key.
+  template <bool kFirst, int N>
+  JF_DEVICE void begin(const float (&s)[N], float unit) {
+    float highest[2];
+    row_maxima<0, N>(s, highest);
+    bool unseen = false;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      if (!kFirst && row_sum(sum[r]) != 0.f) continue;
+      const bool none = highest[r] == -infinity();
+      top[r] = none ? 0.f : highest[r] * unit;
+      unseen |= none;
+    }
+    if constexpr (kStartsEmpty) some_unseen = __any_sync(~0u, unseen);
+  }
+
+  // `step` of scores kBegin to kEnd; those before are probabilities.
+  template <bool kFirst, int kBegin, int kEnd, int N>
+  JF_DEVICE bool part(float (&s)[N], float (&rescale)[2], float unit) {
+#pragma unroll
+    for (int i = kBegin; i < kEnd; i++) s[i] = fmaf(s[i], unit, -top[fragment_row(i)]);
+    bool grown = false;
+    if constexpr (!kFirst) {
+      grown = __any_sync(~0u, highest_bits<kBegin, kEnd>(s) > __float_as_int(kThreshold));
+      if (grown) raise<kBegin, kEnd>(s, rescale);
+    }
+#pragma unroll
+    for (int i = kBegin; i < kEnd; i++) s[i] = exp2_shared<kSoftware>(s[i], i);
+#pragma unroll
+    for (int i = kBegin; i < kEnd; i++) sum[fragment_row(i)] += s[i];
+    return grown;
+  }
+
+  // Of exponents: the highest, or anything below zero.
+  template <int kBegin, int kEnd, int N>
+  static JF_DEVICE int highest_bits(const float (&x)[N]) {
+    constexpr int kChains = 3;
+    int highest[kChains] = {};
+#pragma unroll
+    for (int i = kBegin; i < kEnd; i += 2) {
+      int& chain = highest[i / 2 % kChains];
+      chain = __vimax3_s32(chain, __float_as_int(x[i]), __float_as_int(x[i + 1]));
+    }
+    return __vimax3_s32(highest[0], highest[1], highest[2]);
+  }
+
+  // The tops rise to the highest exponents.
+  template <int kBegin, int kEnd, int N>
+  JF_DEVICE void raise(float (&s)[N], float (&rescale)[2]) {
+    float by[2], factor[2];
+    row_maxima<kBegin, kEnd>(s, by);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      by[r] = fmaxf(by[r], 0.f);
+      factor[r] = exp2_fast(-by[r]);
+      top[r] += by[r];
+      sum[r] *= factor[r];
+      rescale[r] *= factor[r];
+    }
+#pragma unroll
+    for (int i = 0; i < kBegin; i++) s[i] *= factor[fragment_row(i)];
+#pragma unroll
+    for (int i = kBegin; i < kEnd; i++) s[i] -= by[fragment_row(i)];
   }
 };
 

@@ -105,9 +105,9 @@ JF_DEVICE void store(const Sm80ForwardArgs& args, const Softmax (&softmax)[kBloc
       const int head = head_of(work, min(row, rows_all - 1));
       float lse, factor;
       if constexpr (kSpec.sinks && !kTiles.split) {
-        factor = softmax[m].finish<true>(r, unit, args.features.sinks[head], lse);
+        factor = softmax[m].finish<true>(r, args.features.sinks[head], lse);
       } else {
-        factor = softmax[m].finish<false>(r, unit, 0.f, lse);
+        factor = softmax[m].finish<false>(r, 0.f, lse);
       }
       if (kSpec.dropout) factor *= problem.dropout_scale;
       const bool real = row < rows_end;
@@ -237,8 +237,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
       if constexpr (kSpec.mask) hide_masked(s[m], at, problem, args.features, work.batch, work.head);
       if (!inside) mask(s[m], at);
       float rescale[2];
-      softmax[m].step<false>(s[m], rescale, score.unit);
-      if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
+      if (softmax[m].step<false>(s[m], rescale, score.unit)) {
 #pragma unroll
         for (int i = 0; i < kValueSteps * 8; i++) o[m][i] *= rescale[fragment_row(i)];
       }

@@ -34,8 +34,8 @@
 // atoms of a tile stand one after another. Rows and elements outside the arrays arrive as zeros.
 //
 // Numerics: scores, softmax and sums in fp32, P unnormalised and at most 2^8, rounded to 16 bits, one division at the
-// end. The running maximum is left behind until it grew by more than 2^8 (softmax.cuh): exact, since every P, the sum
-// and O share the factor.
+// end. The running maximum is left behind until a score exceeds it by more than 8 in log2 units (softmax.cuh): exact,
+// since every P, the sum and O share the factor.
 //
 // Limits: head sizes are multiples of 8, scale > 0 (the running maximum is that of raw scores), at least one key, fewer
 // than 2^30 rows and tiles.
@@ -264,10 +264,13 @@ JF_DEVICE void zero_values(u32 v, int from, int group) {
   named_sync(1 + kGroups + group, 128);
 }
 
-using Softmax = OnlineSoftmax<true, kTiles.software_exp2>;
+// Whether a row may see no key of the first tile that its group sees.
+constexpr bool kStartsEmpty = kSpec.causal || kSpec.window_left || kSpec.window_right || kSpec.mask || kSpec.bias() ||
+                              kSpec.segment_ids || kSpec.kv_lengths;
+using Softmax = OnlineSoftmax<kStartsEmpty, kTiles.software_exp2>;
 
 // The factors that normalise the thread's two rows; writes their lse. Rows at or past the length get 0 and -inf.
-JF_DEVICE void finish(const Sm90ForwardArgs& args, const Work& work, int warp_row, Softmax& softmax, float unit,
+JF_DEVICE void finish(const Sm90ForwardArgs& args, const Work& work, int warp_row, Softmax& softmax,
                       float (&factor)[2]) {
   const Problem& p = args.problem;
 #pragma unroll
@@ -276,9 +279,9 @@ JF_DEVICE void finish(const Sm90ForwardArgs& args, const Work& work, int warp_ro
     const int head = work.head + row % kTiles.packed;
     float lse;
     if constexpr (kSpec.sinks) {
-      factor[r] = softmax.template finish<true>(r, unit, args.features.sinks[head], lse);
+      factor[r] = softmax.template finish<true>(r, args.features.sinks[head], lse);
     } else {
-      factor[r] = softmax.template finish<false>(r, unit, 0.f, lse);
+      factor[r] = softmax.template finish<false>(r, 0.f, lse);
     }
     if constexpr (kSpec.dropout) factor[r] *= p.dropout_scale;
     if (kSpec.q_lengths && query >= work.band.q_end) {
@@ -456,7 +459,8 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
   wgmma_wait<0>();
   pin(s);
   for (bool more = true; more;) {
-    const Score score = score_of(problem, args.features, work->batch, work->head);
+    Score score = score_of(problem, args.features, work->batch, work->head);
+    score.unit = afresh(score.unit);  // or it is read and multiplied anew in each step
     const Range inside =
         uniform(work->band.interior_tiles((work->row0 + group * 64) / kTiles.packed, 64 / kTiles.packed, kKeys));
     Softmax softmax;
@@ -528,6 +532,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     } else {
       softmax.template step<true>(s, rescale, score.unit);
     }
+    pin(s);  // or ptxas finds no registers for both branches and serialises every wgmma
     drop(n);
     round_probabilities();
     if constexpr (kSpec.kv_lengths) {
@@ -555,10 +560,10 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       release(shared.k_free, next.slot);
       if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring.slot);
       logits(n, fetched);
-      softmax.template step<false>(s, rescale, score.unit);
+      const bool grown = softmax.template step<false>(s, rescale, score.unit);
       drop(n);
       pin(s);
-      if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
+      if (grown) {
         wgmma_wait<0>();
         pin(o);
 #pragma unroll
@@ -576,7 +581,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     wgmma_fence();
     start_values_of(ring.slot, accumulate);
     float factor[2];
-    finish(args, *work, warp_row, softmax, score.unit, factor);
+    finish(args, *work, warp_row, softmax, factor);
     const u32 last = ring.slot;
     ring.advance();
     q_ring.advance();

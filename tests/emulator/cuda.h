@@ -55,6 +55,7 @@ To emulated_bits(From x) {
   return y;
 }
 inline float __int_as_float(int x) { return emulated_bits<float>(x); }
+inline int __vimax3_s32(int a, int b, int c) { return max(max(a, b), c); }
 inline int __float_as_int(float x) { return emulated_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
 
