@@ -20,7 +20,10 @@ bool Masks(const Spec& spec) { return spec.causal || spec.window_left || spec.wi
 int FeatureColumns(const Spec& spec, int head, bool slim) {
   const bool tight = head > 192 || (head > 96 && head <= 128);
   const int several = spec.bias() + spec.mask + spec.segment_ids + spec.softcap > 1 ? (head <= 128 ? 2 : 3) : 0;
-  return several + (tight && spec.bias()) + (slim && head <= 64 && spec.softcap);
+  const bool bounded = spec.window_left || spec.window_right || spec.kv_lengths;
+  return several + (tight && spec.bias()) + (tight && spec.bias() && spec.dropout) +
+         (slim && head <= 64 && (spec.softcap || spec.dropout)) +
+         (!several && head > 128 && spec.segment_ids && bounded);
 }
 
 // Three consumer warpgroups where a row's registers allow it, else two.
@@ -39,7 +42,7 @@ Sm90ForwardTiles ChooseTiles(const Call& call) {
       tiles.q_stages = 1;
     }
   } else if (head <= 128) {
-    tiles.q_registers = slim && !spec.softcap;
+    tiles.q_registers = slim && !spec.softcap && !spec.dropout;
     tiles.q_stages = tiles.q_registers ? 1 : 2;
   } else {
     tiles.keys = head <= 192 ? 96 : 80;
