@@ -23,16 +23,16 @@ template <bool kStartsEmpty, int kSoftware = 0>
 struct OnlineSoftmax {
   static constexpr float kThreshold = 8.f;
   float top[2];
-  float sum[2];      // of this thread's columns only, until finish()
-  bool some_unseen;  // of the rows of the warp
+  float sum[2];     // of this thread's columns only, until finish()
+  int some_unseen;  // of the rows of the warp
 
   JF_DEVICE void reset() {
     top[0] = top[1] = sum[0] = sum[1] = 0.f;
-    some_unseen = true;
+    some_unseen = 1;
   }
 
-  // Scores become probabilities in place. Returns whether the output must be multiplied by `rescale`. kFirst: nothing was
-  // accumulated yet.
+  // Scores become probabilities in place. Returns whether the output must be multiplied by `rescale`. kFirst: nothing
+  // was accumulated yet.
   template <bool kFirst, int N>
   JF_DEVICE bool step(float (&s)[N], float (&rescale)[2], float unit) {
     if constexpr (kFirst) reset();

@@ -460,9 +460,11 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
   pin(s);
   for (bool more = true; more;) {
     Score score = score_of(problem, args.features, work->batch, work->head);
-    score.unit = afresh(score.unit);  // or it is read and multiplied anew in each step
-    const Range inside =
-        uniform(work->band.interior_tiles((work->row0 + group * 64) / kTiles.packed, 64 / kTiles.packed, kKeys));
+    score.unit = afresh(score.unit);        // or it is read and multiplied anew in each step
+    const auto interior = [&](int width) {  // tiles of so many keys, all of which the group's rows see
+      return uniform(work->band.interior_tiles((work->row0 + group * 64) / kTiles.packed, 64 / kTiles.packed, width));
+    };
+    const Range inside = interior(kKeys);
     Softmax softmax;
     float rescale[2];
     Plane mask;
@@ -488,9 +490,8 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     };
     const auto logits = [&](int n,
                             const Fetched& fetched) {  // raw scores of key tile n become logits, -inf where masked
-      const Fragment<false> at = fragment(n);
       float none[1];
-      transform_unbiased<false>(s, none, at, score);
+      transform_unbiased<false>(s, none, fragment(n), score);
 #pragma unroll
       for (int i = 0; i < kKeys / 2; i += 2) {
         if constexpr (kSpec.bias()) add_bias(s, i, fetched.bias.words[i / 2]);
@@ -498,13 +499,20 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       }
       if (n < inside.begin || n >= inside.end) {
         CallBand band = work->band;
-        band.q_end = kFar;  // rows past the end compute like the others and are dropped by the store
-        hide_outside_band(s, at, band);
+        band.q_end = kFar;
+        const Range halves = interior(kKeys / 2);  // the diagonal of 64 rows often cuts no more than one
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          if (2 * n + half >= halves.begin && 2 * n + half < halves.end) continue;
+          Fragment<false> there = fragment(n);
+          there.column += half * kKeys / 2;
+          hide_outside_band(reinterpret_cast<float (&)[kKeys / 4]>(s[half * kKeys / 4]), there, band);
+        }
       }
       if constexpr (kSpec.segment_ids) {
         const TileIds ids = kRoomy ? fetched.ids : fetch_ids(n);
         if (!ids.q.same_single_id(ids.kv)) {
-          hide_other_segments<kRoomy>(s, at, segments_of(problem, args.features, work->band, work->batch));
+          hide_other_segments<kRoomy>(s, fragment(n), segments_of(problem, args.features, work->band, work->batch));
         }
       }
     };
