@@ -499,7 +499,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       }
       if (n < inside.begin || n >= inside.end) {
         CallBand band = work->band;
-        band.q_end = kFar;
+        band.q_end = kFar;  // rows past the end compute like the others and are dropped by the store
         const Range halves = interior(kKeys / 2);  // the diagonal of 64 rows often cuts no more than one
 #pragma unroll
         for (int half = 0; half < 2; half++) {
