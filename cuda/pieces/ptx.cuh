@@ -65,6 +65,13 @@ JF_DEVICE u32 clamp_bf16x2(u32 pair, u32 low, u32 high) {
   return pair;
 }
 
+// Hidden from the compiler, which would make 64-bit arithmetic of what is done to a word.
+JF_DEVICE u64 join_words(u32 low, u32 high) {
+  u64 r;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(r) : "r"(low), "r"(high));
+  return r;
+}
+
 JF_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // Four 8 x 8 tiles of 16-bit elements; lane l gives the address of row l % 8 of tile l / 8.

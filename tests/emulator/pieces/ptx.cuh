@@ -64,6 +64,8 @@ JF_DEVICE void load_matrix(u32* r, u32 row) {
   });
 }
 
+JF_DEVICE u64 join_words(u32 low, u32 high) { return static_cast<u64>(high) << 32 | low; }
+
 template <class T>
 JF_DEVICE T afresh(T x) {
   return x;
