@@ -165,10 +165,11 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
 
       wgmma_wait<1>();
       pin(s);
-      const Fragment<true> at = warp_fragment<true>(key0 + g * 64 + warp * 16, query0);
+      const Range own_keys{key0 + g * 64, key0 + g * 64 + 64};
+      const Fragment<true> at = warp_fragment<true>(own_keys.begin + warp * 16, query0);
       const Score score = score_of(p, args.features, tile.batch, head);
       float derivative[kSpec.softcap ? kScores : 1];
-      make_logits(s, derivative, at, args, tile, head, m, score);
+      make_logits(s, derivative, at, args, tile, own_keys, head, m, score);
 #pragma unroll
       for (int i = 0; i < kScores; i += 4) {
         const float2 lse_log2 =

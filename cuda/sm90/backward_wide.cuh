@@ -122,10 +122,11 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
 
     wgmma_wait<2>();
     pin(s);
-    const Fragment<false> at = warp_fragment<false>(query0 + warp * 16, key0 + g * (kKeys / 2));
+    const Range own_keys{key0 + g * (kKeys / 2), key0 + (g + 1) * (kKeys / 2)};
+    const Fragment<false> at = warp_fragment<false>(query0 + warp * 16, own_keys.begin);
     const Score score = score_of(p, args.features, tile.batch, head);
     float derivative[kSpec.softcap ? kScores : 1];
-    make_logits(s, derivative, at, args, tile, head, m, score);
+    make_logits(s, derivative, at, args, tile, own_keys, head, m, score);
     const int row = warp * 16 + lane_id() / 4;
     const float lse_log2[2] = {shared.lse_log2[q_ring.slot][row], shared.lse_log2[q_ring.slot][row + 8]};
     const float delta[2] = {shared.delta[0][row], shared.delta[0][row + 8]};
