@@ -59,6 +59,9 @@ constexpr bool kSplitQueries = kQueries == 128, kSplitElements = kHead > 64,
 constexpr int kDqKeys = kSplitKeys ? 64 : kKeys;
 static_assert((kQueries == 64 || kQueries == 128) && !(kSplitQueries && kSplitElements) && !(kOwnDq && kSplitKeys));
 
+// A group none of whose keys the queries see has no part in the step but dQ of the other's keys.
+constexpr bool kSkips = kQueries == 64 && !kSplitKeys && (kSpec.causal || kSpec.window_left || kSpec.window_right);
+
 struct Shared : Rings {
   alignas(1024) unsigned char ds[2][kQueries / 64][kKeys * 128];  // dS^T: rows are keys
 };
@@ -132,6 +135,8 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
 
     for_each_step(args, tile, [&](int head, int m) {
       const int query0 = m * kQueries;
+      const Range own_keys{key0 + g * 64, key0 + g * 64 + 64};
+      const u32 ds_row = g * 64 + warp * 16 + lane_id() % 16;
       const u32 q_tile = shared_address(shared.q[ring.slot]), dout_tile = shared_address(shared.dout[ring.slot]);
       const u32 ds_tile = shared_address(shared.ds[step & 1]);
       const u64 q_rows = descriptor_k_major(q_tile), dout_rows = descriptor_k_major(dout_tile);
@@ -146,6 +151,64 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
           clear_rows<kQueries, kValueAtoms>(shared.dout[ring.slot], tile.band.q_end - query0);
           async_fence();
           named_sync(kAllConsumers, 256);
+        }
+      }
+      const auto start_dq = [&] {
+#pragma unroll
+        for (int i = 0; i < kDqKeys / 16; i++) {  // dQ = dS K
+          wgmma<kSpec.dtype, true, true>(dq, descriptor_after(ds_columns, i * 2048),
+                                         descriptor_after(k_columns, i * 2048), i != 0);
+        }
+        wgmma_commit();
+      };
+      const auto send_dq = [&] {
+        const int group = kSpec.grouped ? p.q_heads / p.kv_heads : 1;
+        const long long dq_head = kOwnDq ? static_cast<long long>(blockIdx.x) * group + head % group
+                                         : static_cast<long long>(tile.batch) * p.q_heads + head;
+        const int last_key = kOwnDq ? tile.band.keys_of(query0, kQueries).end - 1 : 0;
+        const DqSum sum{args.dq_sums + ((dq_head * args.q_tiles + m) * kDqBlocks + dq_block0) * 512 + thread * 4,
+                        kDqBlocks - dq_block0, tile.index == 0, tile.index == last_key / kKeys};
+        bool finished = false;
+        if constexpr (kOwnDq) {
+          finished = sum.last;
+          if (finished) {
+            float earlier[32];
+            sum.load_earlier(earlier);
+            wgmma_wait<1>();
+            pin(dq);
+#pragma unroll
+            for (int i = 0; i < 32; i++) dq[i] += earlier[i];
+            store_dq(args, dq, tile, head, query0 + dq_query0 + warp * 16 + lane_id() / 4,
+                     dq_element0 + lane_id() % 4 * 2);
+          }
+        }
+        if (!finished) {
+          wgmma_wait<1>();
+          pin(dq);
+          if constexpr (kTurns) barrier_wait(barrier_of(shared.turn_came, step & 1), step >> 1 & 1);
+          sum.add(dq);
+          if constexpr (kTurns) barrier_arrive(barrier_of(shared.turn_used, step & 1));
+        }
+      };
+      if constexpr (kSkips) {
+        if (__shfl_sync(~0u, meet(own_keys, tile.band.keys_of(query0, kQueries)).size(), 0) == 0) {
+          barrier_wait(barrier_of(shared.dout_full, ring.slot), ring.parity);
+#pragma unroll
+          for (int i = 0; i < kScores / 8; i++) {
+            store_matrix(ds_tile + i / 4 * kKeys * 128 + swizzled_offset(ds_row, i % 4 * 2 + lane_id() / 16), 0, 0, 0,
+                         0);
+          }
+          async_fence();
+          if (thread == 0) barrier_arrive(barrier_of(shared.dout_free, ring.slot));
+          named_sync(kAllConsumers, 256);
+          wgmma_fence();
+          start_dq();
+          wgmma_wait<0>();
+          send_dq();
+          if (thread == 0) barrier_arrive(barrier_of(shared.q_free, ring.slot));
+          ring.advance();
+          step++;
+          return;
         }
       }
       wgmma_fence();
@@ -165,7 +228,6 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
 
       wgmma_wait<1>();
       pin(s);
-      const Range own_keys{key0 + g * 64, key0 + g * 64 + 64};
       const Fragment<true> at = warp_fragment<true>(own_keys.begin + warp * 16, query0);
       const Score score = score_of(p, args.features, tile.batch, head);
       float derivative[kSpec.softcap ? kScores : 1];
@@ -209,8 +271,8 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
 #pragma unroll
       for (int i = 0; i < kScores / 2; i += 4) {
         const u32 chunk = i / 2 % 8 + lane_id() / 16;
-        store_matrix(ds_tile + i / 16 * kKeys * 128 + swizzled_offset(g * 64 + warp * 16 + lane_id() % 16, chunk),
-                     ds16[i], ds16[i + 1], ds16[i + 2], ds16[i + 3]);
+        store_matrix(ds_tile + i / 16 * kKeys * 128 + swizzled_offset(ds_row, chunk), ds16[i], ds16[i + 1], ds16[i + 2],
+                     ds16[i + 3]);
       }
       async_fence();
       wgmma_fence();
@@ -221,12 +283,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       wgmma_commit();
       // Both warpgroups have written their dS^T, and are done with the dQ that reads the buffer written next.
       named_sync(kAllConsumers, 256);
-#pragma unroll
-      for (int i = 0; i < kDqKeys / 16; i++) {  // dQ = dS K
-        wgmma<kSpec.dtype, true, true>(dq, descriptor_after(ds_columns, i * 2048),
-                                       descriptor_after(k_columns, i * 2048), i != 0);
-      }
-      wgmma_commit();
+      start_dq();
 #pragma unroll
       for (int i = 0; i < kQueries / 16; i++) {  // dK += dS^T Q
         wgmma<kSpec.dtype, true>(dk, &ds16[4 * i], descriptor_after(q_columns, i * 2048), true);
@@ -236,33 +293,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       wgmma_wait<2>();
       pin(dv);
       if (thread == 0) barrier_arrive(barrier_of(shared.dout_free, ring.slot));
-      const int group = kSpec.grouped ? p.q_heads / p.kv_heads : 1;
-      const long long dq_head = kOwnDq ? static_cast<long long>(blockIdx.x) * group + head % group
-                                       : static_cast<long long>(tile.batch) * p.q_heads + head;
-      const int last_key = kOwnDq ? tile.band.keys_of(query0, kQueries).end - 1 : 0;
-      const DqSum sum{args.dq_sums + ((dq_head * args.q_tiles + m) * kDqBlocks + dq_block0) * 512 + thread * 4,
-                      kDqBlocks - dq_block0, tile.index == 0, tile.index == last_key / kKeys};
-      bool finished = false;
-      if constexpr (kOwnDq) {
-        finished = sum.last;
-        if (finished) {
-          float earlier[32];
-          sum.load_earlier(earlier);
-          wgmma_wait<1>();
-          pin(dq);
-#pragma unroll
-          for (int i = 0; i < 32; i++) dq[i] += earlier[i];
-          store_dq(args, dq, tile, head, query0 + dq_query0 + warp * 16 + lane_id() / 4,
-                   dq_element0 + lane_id() % 4 * 2);
-        }
-      }
-      if (!finished) {
-        wgmma_wait<1>();
-        pin(dq);
-        if constexpr (kTurns) barrier_wait(barrier_of(shared.turn_came, step & 1), step >> 1 & 1);
-        sum.add(dq);
-        if constexpr (kTurns) barrier_arrive(barrier_of(shared.turn_used, step & 1));
-      }
+      send_dq();
       wgmma_wait<0>();
       pin(dk);
       if (thread == 0) barrier_arrive(barrier_of(shared.q_free, ring.slot));
