@@ -264,9 +264,10 @@ JF_DEVICE void zero_values(u32 v, int from, int group) {
   named_sync(1 + kGroups + group, 128);
 }
 
-// Whether a row may see no key of the first tile that its group sees.
-constexpr bool kStartsEmpty = kSpec.causal || kSpec.window_left || kSpec.window_right || kSpec.mask || kSpec.bias() ||
-                              kSpec.segment_ids || kSpec.kv_lengths;
+// Whether a row may see its first key after the first tile that its group sees. Not so where the group's rows end at
+// the same key, or each at its own, which then stand in one tile.
+constexpr bool kStartsEmpty = kSpec.mask || kSpec.bias() || kSpec.segment_ids || kSpec.window_right ||
+                              (kSpec.causal && (kSpec.q_offset || kKeys % 64 != 0));
 using Softmax = OnlineSoftmax<kStartsEmpty, kTiles.software_exp2>;
 
 // The factors that normalise the thread's two rows; writes their lse. Rows at or past the length get 0 and -inf.
