@@ -20,10 +20,7 @@ bool Masks(const Spec& spec) { return spec.causal || spec.window_left || spec.wi
 int FeatureColumns(const Spec& spec, int head, bool slim) {
   const bool tight = head > 192 || (head > 96 && head <= 128);
   const int several = spec.bias() + spec.mask + spec.segment_ids + spec.softcap > 1 ? (head <= 128 ? 2 : 3) : 0;
-  const bool bounded = spec.window_left || spec.window_right || spec.kv_lengths;
-  return several + (tight && spec.bias()) + (tight && spec.bias() && spec.dropout) +
-         (slim && head <= 64 && (spec.softcap || spec.dropout)) +
-         (!several && head > 128 && spec.segment_ids && bounded);
+  return several + (tight && spec.bias()) + (slim && head <= 64 && (spec.softcap || spec.dropout));
 }
 
 // Three consumer warpgroups where a row's registers allow it, else two.

@@ -254,10 +254,10 @@ JF_DEVICE void start_values(float (&o)[kValueSteps * 8], const u32 (&p)[kKeys / 
 
 // Keys past the length may hold NaN, and 0 * NaN would reach the output: their values become zeros. Each warpgroup does
 // it for itself.
-JF_DEVICE void zero_values(u32 v, int from, int group) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  for (int i = thread; i < kValueAtoms * (kKeys - from) * 8; i += 128) {
-    const int row = from + i / 8 % (kKeys - from), atom = i / 8 / (kKeys - from);
+JF_DEVICE void zero_values(u32 v, u32 from, int group) {
+  const u32 rows = kKeys - from;
+  for (u32 i = afresh(threadIdx.x) % 128; i < kValueAtoms * rows * 8; i += 128) {
+    const u32 row = from + i / 8 % rows, atom = i / 8 / rows;
     store_zeros_16(v + (atom * kKeys + row) * 128 + i % 8 * 16);
   }
   async_fence();
@@ -397,12 +397,13 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
   float s[kKeys / 2], o[kValueSteps * 8];
   u32 p[kKeys / 4];
   Ring<kStages> ring;
-  Ring<kQStages> q_ring;
+  u32 round = 0;  // tiles before this one
+  const auto q_ring = [&] { return Ring<kQStages>{round % kQStages, round / kQStages & 1}; };
 
   const u64 k0 = descriptor_k_major(shared_address(shared.k[0])),
             v0 = descriptor_mn_major(shared_address(shared.v[0]), kKeys * 128);
   QInRegisters q_words;
-  const auto q_rows = [&] { return shared_address(shared.q[q_ring.slot]) + group * (64 * 128); };
+  const auto q_rows = [&] { return shared_address(shared.q[q_ring().slot]) + group * (64 * 128); };
   const auto start_scores_of = [&](u32 slot) {
     const u64 k = descriptor_after(k0, slot * kKBytes);
     if constexpr (kTiles.q_registers) {
@@ -439,10 +440,10 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
   };
   const auto start_first_scores = [&](bool valid) {
     if (valid) {
-      barrier_wait(barrier_of(shared.q_full, q_ring.slot), q_ring.parity);
+      barrier_wait(barrier_of(shared.q_full, q_ring().slot), q_ring().parity);
       if constexpr (kTiles.q_registers) {
         q_words.load(q_rows());
-        release(shared.q_free, q_ring.slot);
+        release(shared.q_free, q_ring().slot);
       }
       barrier_wait(barrier_of(shared.k_full, ring.slot), ring.parity);
     }
@@ -452,7 +453,6 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     pass_turn();
   };
 
-  u32 round = 0;
   const Work* work = wait_work(shared, round);  // there is one: no more blocks than tiles are launched
   Range keys = keys_of_group(*work);
   skip(uniform(work->keys.end) - keys.end);
@@ -531,7 +531,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
 
     int n = keys.end - 1;
     release(shared.k_free, ring.slot);
-    if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring.slot);
+    if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring().slot);
     logits(n, fetch(n));
     // Keys of the second half of the diagonal's tile that no row of the group sees cost no exponentials.
     if (kDiagonal && uniform(seen_by_group(*work).end) <= n * kKeys + kKeys / 2) {
@@ -567,7 +567,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       wgmma_wait<1>();
       pin(s);
       release(shared.k_free, next.slot);
-      if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring.slot);
+      if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring().slot);
       logits(n, fetched);
       const bool grown = softmax.template step<false>(s, rescale, score.unit);
       drop(n);
@@ -593,7 +593,6 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     finish(args, *work, warp_row, softmax, factor);
     const u32 last = ring.slot;
     ring.advance();
-    q_ring.advance();
     bool held = true;
     const auto let_go = [&] {  // the ring cannot move on by as many slots as it has while this group holds the last one
       wgmma_wait<0>();
