@@ -461,7 +461,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
   pin(s);
   for (bool more = true; more;) {
     Score score = score_of(problem, args.features, work->batch, work->head);
-    score.unit = afresh(score.unit);        // or it is read and multiplied anew in each step
+    if constexpr (kPlainScores) score.unit = afresh(score.unit);  // or each step reads and multiplies it anew
     const auto interior = [&](int width) {  // tiles of so many keys, all of which the group's rows see
       return uniform(work->band.interior_tiles((work->row0 + group * 64) / kTiles.packed, 64 / kTiles.packed, width));
     };
