@@ -84,7 +84,8 @@ struct alignas(1024) Shared {
   BlockScale scales[kStages][kBlocks];
   u64 q_full, q_free, item_full, item_free;
   u64 k_full[kStages], v_full[kStages], slot_free[kStages];
-  int items[2];  // index of the item of each parity
+  int items[2];                          // index of the item of each parity
+  unsigned char nan_rows[2 * kQueries];  // bit r: row r of a consumer thread holds NaN; only of int8
 };
 static_assert(sizeof(Shared) <= 232448);
 
@@ -338,22 +339,32 @@ struct Consumer {
 
   JF_DEVICE int index() const { return *static_cast<volatile int*>(&shared.items[progress.item()]); }
 
-  // Puts NaN back where integers stand for it, and takes the marks off the scales. nan_rows: bit r is set if the
-  // thread's row r is NaN.
-  JF_DEVICE void restore_nan(float (&s)[kScores], BlockScale (&scales)[kBlocks], u32 nan_rows) const {
-    bool any = nan_rows != 0;
+  // The scores of keys that hold NaN become NaN, and the marks are taken off the scales.
+  JF_DEVICE void restore_nan_keys(float (&s)[kScores], BlockScale (&scales)[kBlocks]) const {
+    bool any = false;
 #pragma unroll
     for (int b = 0; b < kBlocks; b++) any |= scales[b].unit < 0.f;
     if (__any_sync(~0u, any)) {
       const unsigned char* first = shared.k[progress.slot()] + lane_id() % 4 * 2 * kRowBytes;
 #pragma unroll
       for (int i = 0; i < kScores; i++) {
-        const bool nan_key = scales[i / 16].unit < 0.f && first[fragment_column(i) * kRowBytes] == kNaNByte;
-        if (nan_key || nan_rows >> fragment_row(i) & 1) s[i] = not_a_number();
+        if (scales[i / 16].unit < 0.f && first[fragment_column(i) * kRowBytes] == kNaNByte) s[i] = not_a_number();
       }
     }
 #pragma unroll
     for (int b = 0; b < kBlocks; b++) scales[b].unit = fabsf(scales[b].unit);
+  }
+
+  // Queries that hold NaN are kept for `finish`: in registers they would be in the way of everything between.
+  JF_DEVICE unsigned char& nan_rows() const { return shared.nan_rows[afresh(threadIdx.x) - 128]; }
+  JF_DEVICE void find_nan_rows(bool marked) const {
+    nan_rows() = 0;
+    if (!marked) return;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = row_in_tile() + lane_id() / 4 + 8 * r;
+      if (shared.q[row * kRowBytes] == kNaNByte) nan_rows() |= 1 << r;
+    }
   }
 
   JF_DEVICE void compute() {
@@ -378,7 +389,6 @@ struct Consumer {
     float o[kOutputs], rescale[2];
     u32 p[kScores / 4];
     BlockScale scales[kBlocks];
-    u32 nan_rows = 0;
     softmax.reset();
 
     const auto interior = [&](int n) {
@@ -398,7 +408,7 @@ struct Consumer {
     const auto probabilities = [&](int n) {
       Scores floats;
       Scores& s = as_floats(sums, floats);
-      if constexpr (kIntegers) restore_nan(s, scales, nan_rows);
+      if constexpr (kIntegers) restore_nan_keys(s, scales);
       const Fragment<false> at = warp_fragment<false>(warp_row, n * kKeys);
       if constexpr (!kPlainScores) {
 #pragma unroll
@@ -418,13 +428,7 @@ struct Consumer {
     };
 
     barrier_wait(shared_address(&shared.q_full), progress.item());
-    if (kIntegers && q_scale < 0.f) {
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int row = row_in_tile() + lane_id() / 4 + 8 * r;
-        nan_rows |= static_cast<u32>(shared.q[row * kRowBytes] == kNaNByte) << r;
-      }
-    }
+    if constexpr (kIntegers) find_nan_rows(q_scale < 0.f);
     if (tiles.size() == 0) {
       named_sync(1 + group(), 128);  // as in run: without products nothing else keeps the warps together
       arrive(shared.q_free);
@@ -486,6 +490,7 @@ struct Consumer {
       const int row = item.row0 + row_in_tile() + lane_id() / 4 + 8 * r;
       float total = row_sum(softmax.sum[r]);
       const bool empty = total == 0.f || row >= q_end;
+      if (kIntegers && nan_rows() >> r & 1) total = not_a_number();
       if constexpr (kSpec.sinks) total += exp2_fast(args.features.sinks[item.head] * kLog2E - softmax.offset[r]);
       factor[r] = empty ? 0.f : 1.f / total;
       if (lane_id() % 4 == 0 && row < problem.q_len) {
