@@ -436,15 +436,17 @@ class TestKernels:
             {"q_offset": 500, "causal": True},
             {"q_offset": 300, "window": (64, 10)},
             {"q_lengths": [200, 77], "kv_lengths": [300, 700]},
-            {"segment_ids": ([[0] * 100 + [2] * 100] * 2, [[0] * 300 + [1] * 200 + [2] * 200] * 2)},
+            {"segment_ids": (np.repeat([[0, 2]], 100, 1), np.repeat([[0, 1, 2]], [300, 200, 200], 1))},
             {"softcap": 5.0},
             {"sinks": [0.0, 1.0, 5.0, -3.0]},
             {"alibi_slopes": [0.1, 0.2, 0.3, 0.4], "causal": True},
+            {"mask": np.random.default_rng(0).random((2, 1, 200, 700)) < 0.5},
+            {"bias": normal((1, 4, 200, 700), 9)},
         ],
         ids=lambda options: "-".join(options),
     )
     def test_features(self, options, scores):
-        options = jax.tree.map(jnp.asarray, options, is_leaf=lambda x: isinstance(x, list))
+        options = {name: jnp.asarray(x) if isinstance(x, list) else x for name, x in options.items()}
         check_kernel(qkv(t=200, s=700, size=128), jf.Fp8(scores=scores), **options)
 
     @SCORES
