@@ -94,15 +94,11 @@ class Fp8:
     def __post_init__(self):
         if not isinstance(self.rotate, bool):
             raise TypeError(f"rotate: expected True or False, got {self.rotate!r}")
-        granularities = ("block", "head", "tensor")
-        for name, known in {
-            "scales": granularities,
-            "value_scales": granularities,
-            "scores": ("e4m3", "int8"),
-        }.items():
-            if getattr(self, name) not in known:
-                *first, last = map(repr, known)
-                raise ValueError(f"{name}: expected {', '.join(first)} or {last}, got {getattr(self, name)!r}")
+        for name in ("scales", "value_scales"):
+            if getattr(self, name) not in ("block", "head", "tensor"):
+                raise ValueError(f"{name}: expected 'block', 'head' or 'tensor', got {getattr(self, name)!r}")
+        if self.scores not in ("e4m3", "int8"):
+            raise ValueError(f"scores: expected 'e4m3' or 'int8', got {self.scores!r}")
 
 
 @dataclasses.dataclass(frozen=True)
