@@ -62,7 +62,11 @@ def add_call_options(parser: argparse.ArgumentParser) -> None:
     for operand in ("q-offset", "segment-ids", "q-lengths", "kv-lengths", "mask", "bias", "alibi-slopes", "sinks"):
         parser.add_argument(f"--{operand}", action="store_true", help=f"the call has {operand.replace('-', ' ')}")
     parser.add_argument(
-        "--fp8", choices=tuple(fp8.SCORE_DTYPES), nargs="?", const="e4m3", help="the forward pass quantises to 8 bits"
+        "--fp8",
+        choices=tuple(fp8.SCORE_DTYPES),
+        nargs="?",
+        const="e4m3",
+        help="the forward pass quantises to 8 bits, query and key to these",
     )
     parser.add_argument("--lse-gradient", action="store_true", help="the lse is part of the loss")
 

@@ -26,14 +26,15 @@ from jax_flash.extension import native
 from jax_flash.masks import Tiling
 from jax_flash.spec import AttentionSpec, Fp8, Operands, batch_shape
 
+Granularity: TypeAlias = Literal["block", "head", "tensor"]
+
 BLOCK = 32
 """Tokens that share a scale."""
 
 E4M3 = jnp.float8_e4m3fn
-SCORE_DTYPES = {"e4m3": E4M3, "int8": jnp.int8}
+SCORE_DTYPES: dict[Literal["e4m3", "int8"], Any] = {"e4m3": E4M3, "int8": jnp.int8}
 """Of query and key, by `Fp8.scores`."""
 
-Granularity: TypeAlias = Literal["block", "head", "tensor"]
 HEAD_SIZES = (64, 128, 256)
 """Head sizes of the kernel; others are padded with zeros, which change nothing."""
 

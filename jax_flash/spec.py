@@ -83,7 +83,8 @@ class Fp8:
 
     rotate: query and key by the same random-sign Hadamard matrix, which spreads outliers and cancels in their product.
     scales, value_scales: one for each block of 32 tokens of a head, each head, or the whole array.
-    scores: what query and key become: "e4m3", as the value always does, or "int8", whose error is a third of that.
+    scores: what query and key become: "e4m3", as the value always does, or "int8", whose error after the rotation is
+      a third of that.
     """
 
     rotate: bool = True

@@ -66,7 +66,9 @@ def check(name: str, fields: dict, repeats: int = 1) -> None:
 def check_fp8(size: int, scores: str) -> None:
     import test_fp8
 
-    test_fp8.check_kernel(test_fp8.qkv(t=200, s=300, size=size), test_fp8.jf.Fp8(scores=scores), causal=True)
+    from jax_flash import Fp8
+
+    test_fp8.check_kernel(test_fp8.qkv(t=200, s=300, size=size), Fp8(scores=scores), causal=True)
 
 
 def check_fp8_nan() -> None:
