@@ -268,9 +268,10 @@ def _with_own_lengths(q: Any, k: Any, v: Any, operands: Operands) -> tuple[Any, 
 def _quantize(q: Any, k: Any, v: Any, precision: Fp8, q_lengths: Any, kv_lengths: Any) -> Quantized:
     """`quantize`; the batch axes of an array and of its lengths may be of size 1."""
     size = kernel_head_size(max(q.shape[-1], v.shape[-1]))
-    rotation = hadamard_size(q.shape[-1])
+    turned = -(-q.shape[-1] // 8) * 8  # kernels take multiples of 8
+    rotation = hadamard_size(turned)
     v, v_scale = _scaled(_prepared(v, kv_lengths), precision.value_scales)
-    q, k = (_prepared(x, lengths) for x, lengths in ((q, q_lengths), (k, kv_lengths)))
+    q, k = (_padded(_prepared(x, lengths), turned) for x, lengths in ((q, q_lengths), (k, kv_lengths)))
     if precision.rotate:
         q, k = _rotated(q, rotation), _rotated(k, rotation)
     scaled = _scaled_to_integers if precision.scores == "int8" else _scaled

@@ -69,6 +69,12 @@ def test_rotation_spreads_an_outlier():
     np.testing.assert_allclose(jnp.abs(fp8._rotated(x, 128)), 100.0)
 
 
+def test_head_sizes_are_filled_up_ahead_of_the_rotation():
+    arrays = qkv(size=20)
+    filled = [jnp.pad(x, [(0, 0)] * 3 + [(0, 4)]) for x in arrays]  # as kernels take them
+    jax.tree.map(np.testing.assert_array_equal, fp8.quantize(*arrays), fp8.quantize(*filled))
+
+
 def test_quantize_rounds_each_value_once():
     q, k, v = qkv()
     for x, back in zip((q, k, v), dequantized(fp8.quantize(q, k, v, jf.Fp8(rotate=False)), 90), strict=True):
