@@ -312,6 +312,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
     if (leads) index = atomicAdd(args.counter, 1) + gridDim.x;
     index = __shfl_sync(~0u, index, 0);
     barrier_wait(shared_address(&shared.item_free), at.item() ^ 1);
+    __syncwarp();  // no lane still waits for this phase when the leader lets the next one come
     if (leads) {
       shared.items[at.item() ^ 1] = index;
       barrier_arrive(shared_address(&shared.item_full));
