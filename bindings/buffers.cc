@@ -23,6 +23,8 @@ ffi::DataType ElementType(DType dtype) {
       return ffi::DataType::F32;
     case DType::kE4M3:
       return ffi::DataType::F8E4M3FN;
+    case DType::kInt8:
+      return ffi::DataType::S8;
     case DType::kNone:
       break;
   }
@@ -124,14 +126,14 @@ class Binder {
     buffers.k = Heads(k, problem_.kv_len, problem_.kv_heads, spec_.head_dim, &problem_.k_batch);
     buffers.v = Heads(v, problem_.kv_len, problem_.kv_heads, spec_.value_dim, &problem_.v_batch);
     BindFeatures();
-    BindFp8([&](const char* name) { return NextResult(name); });
+    BindFp8(launch_.call.quantized, [&](const char* name) { return NextResult(name); });
     BindScratch();
   }
 
   void BindForwardFp8() {
     const Array out = NextResult("out");
     BindLeading(out);
-    BindFp8([&](const char* name) { return Next(name); });
+    BindFp8(spec_.dtype, [&](const char* name) { return Next(name); });
     BindFeatures();
     if (next_arg_ != args_.size()) throw Error("the custom call has more operands than its attributes name");
     launch_.buffers.out = FullHeads(out, problem_.q_len, problem_.q_heads, spec_.value_dim, launch_.call.out_dtype);
@@ -139,22 +141,23 @@ class Binder {
     BindScratch();
   }
 
-  // jax_flash.fp8.Quantized.
+  // jax_flash.fp8.Quantized; scores: the type of query and key.
   template <typename NextArray>
-  void BindFp8(NextArray next) {
+  void BindFp8(DType scores, NextArray next) {
     Fp8Buffers& fp8 = launch_.buffers.fp8;
     const Array q = next("query"), k = next("key"), v = next("value");
     const auto blocks = [](int length) { return CeilDiv(length, kScaleBlock); };
     const int64_t head = q.size(q.rank() - 1);
-    const auto bind = [&](const Array& array, std::initializer_list<int64_t> sizes, BatchMap* batch) {
-      array.ExpectType(ffi::DataType::F8E4M3FN);
+    const auto bind = [&](const Array& array, DType dtype, std::initializer_list<int64_t> sizes, BatchMap* batch) {
+      array.ExpectType(ElementType(dtype));
       array.ExpectSizes(leading(), sizes);
       *batch = Map(array);
       return array.data();
     };
-    fp8.q = bind(q, {problem_.q_len, problem_.q_heads, head}, &problem_.q_batch);
-    fp8.k = bind(k, {problem_.kv_len, problem_.kv_heads, head}, &problem_.k_batch);
-    fp8.v = bind(v, {problem_.kv_heads, blocks(problem_.kv_len) * kScaleBlock / kValueChunk, head * kValueChunk},
+    fp8.q = bind(q, scores, {problem_.q_len, problem_.q_heads, head}, &problem_.q_batch);
+    fp8.k = bind(k, scores, {problem_.kv_len, problem_.kv_heads, head}, &problem_.k_batch);
+    fp8.v = bind(v, DType::kE4M3,
+                 {problem_.kv_heads, blocks(problem_.kv_len) * kScaleBlock / kValueChunk, head * kValueChunk},
                  &problem_.v_batch);
     const auto bind_scales = [&](const char* name, int heads, int length, const BatchMap& like) {
       const Array scales = next(name);

@@ -16,6 +16,7 @@ struct Element {
 Element TmaElement(DType dtype) {
   switch (dtype) {
     case DType::kE4M3:
+    case DType::kInt8:
       return {0, 1};
     case DType::kF16:
       return {6, 2};

@@ -50,6 +50,7 @@ struct Call {
   int kv_splits;    // forward: parts of the key sequence to compute apart, as asked for
   int arch;         // compute capability, 10 * major + minor
   DType out_dtype;  // kForwardFp8: of out
+  DType quantized;  // kQuantize: what query and key become
   bool rotate;      // kQuantize: query and key
 };
 

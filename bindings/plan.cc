@@ -47,6 +47,7 @@ DType DecodeDType(std::string_view name) {
   if (name == "bfloat16") return DType::kBF16;
   if (name == "float32") return DType::kF32;
   if (name == "float8_e4m3fn") return DType::kE4M3;
+  if (name == "int8") return DType::kInt8;
   throw Error("no kernel knows the data type " + std::string(name));
 }
 
@@ -114,7 +115,10 @@ Call DecodeCall(Direction direction, const Attributes& attributes) {
   spec.lse_cotangent = backward && attributes.Flag("lse_cotangent");
   spec.deterministic = attributes.Flag("deterministic");
   if (direction == Direction::kForwardFp8) call.out_dtype = DecodeDType(attributes.Text("out_dtype"));
-  if (direction == Direction::kQuantize) call.rotate = attributes.Flag("rotate");
+  if (direction == Direction::kQuantize) {
+    call.quantized = DecodeDType(attributes.Text("quantized"));
+    call.rotate = attributes.Flag("rotate");
+  }
   return call;
 }
 
@@ -137,6 +141,7 @@ std::string CallKey(const Call& call) {
   append(call.kv_splits);
   append(call.arch);
   append(call.out_dtype);
+  append(call.quantized);
   append(call.rotate);
   return key;
 }

@@ -16,7 +16,7 @@
 
 namespace jf {
 
-enum class DType : int { kNone, kF16, kBF16, kF32, kE4M3 };
+enum class DType : int { kNone, kF16, kBF16, kF32, kE4M3, kInt8 };
 
 // What a kernel is compiled for. A feature that is absent costs nothing.
 struct Spec {

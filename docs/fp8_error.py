@@ -16,6 +16,7 @@ METHODS = {
     "a scale for each tensor": jf.Fp8(rotate=False, scales="tensor", value_scales="tensor"),
     "a scale for each 32 tokens": jf.Fp8(rotate=False),
     "... and rotation: Fp8()": jf.Fp8(),
+    '... and int8: Fp8(scores="int8")': jf.Fp8(scores="int8"),
 }
 
 
@@ -48,7 +49,7 @@ def main() -> None:
             errors.append(np.sqrt(np.mean((out - truth) ** 2)) / np.sqrt(np.mean(truth**2)))
             rmse = errors[-1] * np.sqrt(np.mean(truth**2))
             print(f"{title}: {list(METHODS)[len(errors) - 1]}: RMSE {rmse:.2e}, relative {errors[-1]:.3f}")
-        axis.barh(list(METHODS), np.multiply(errors, 100), color=["#b0b0b0", "#b0b0b0", "#2471a3"])
+        axis.barh(list(METHODS), np.multiply(errors, 100), color=["#b0b0b0", "#b0b0b0", "#2471a3", "#2471a3"])
         axis.set_title(title, fontsize=12)
         axis.set_xlabel("relative error of the output, %")
         axis.spines[["top", "right"]].set_visible(False)

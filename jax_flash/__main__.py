@@ -61,7 +61,13 @@ def add_call_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-splits", type=size, default=1, metavar="COUNT")
     for operand in ("q-offset", "segment-ids", "q-lengths", "kv-lengths", "mask", "bias", "alibi-slopes", "sinks"):
         parser.add_argument(f"--{operand}", action="store_true", help=f"the call has {operand.replace('-', ' ')}")
-    parser.add_argument("--fp8", action="store_true", help="the forward pass quantises to 8 bits")
+    parser.add_argument(
+        "--fp8",
+        choices=tuple(fp8.SCORE_DTYPES),
+        nargs="?",
+        const="e4m3",
+        help="the forward pass quantises to 8 bits, query and key to these",
+    )
     parser.add_argument("--lse-gradient", action="store_true", help="the lse is part of the loss")
 
 
@@ -84,7 +90,7 @@ def custom_calls(options: argparse.Namespace) -> list[CustomCall]:
         dropout_rate=options.dropout_rate,
         deterministic=options.deterministic,
         kv_splits=options.kv_splits,
-        precision=Fp8() if options.fp8 else None,
+        precision=Fp8(scores=options.fp8) if options.fp8 else None,
     )
     seeded = options.dropout_rate > 0
     operands = Operands(
@@ -105,7 +111,7 @@ def custom_calls(options: argparse.Namespace) -> list[CustomCall]:
     k, v = array(kv_len, kv_heads, head_dim), array(kv_len, kv_heads, value_dim)
     if options.fp8:
         lengths = Operands(q_lengths=operands.q_lengths, kv_lengths=operands.kv_lengths)
-        quantize = spec.attributes(q, k, v, lengths) | {"rotate": Fp8().rotate}
+        quantize = fp8.quantize_attributes(spec, q, k, v, lengths)
         forward = fp8.forward_attributes(spec, q, k, v, operands, q.dtype)
         calls = [
             CustomCall("quantize", "jax_flash_quantize", quantize),

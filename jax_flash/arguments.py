@@ -17,15 +17,21 @@ from jax_flash.spec import Fp8
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def query_key_value(query: Any, key: Any, value: Any, dtypes: Sequence[str] = DTYPES) -> tuple[Any, Any, Any]:
-    """[*B, T, N, H], [*B, S, K, H], [*B, S, K, Hv] of one dtype."""
+def query_key_value(
+    query: Any, key: Any, value: Any, dtypes: Sequence[str] = DTYPES, value_dtype: str | None = None
+) -> tuple[Any, Any, Any]:
+    """[*B, T, N, H], [*B, S, K, H], [*B, S, K, Hv] of one dtype; the value of its own if it is given."""
     arrays = {name: array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
     q, k, v = arrays.values()
     if q.dtype not in dtypes:
         raise TypeError(f"query: expected one of the dtypes {', '.join(dtypes)}, got {q.dtype}")
+    if k.dtype != q.dtype:
+        raise TypeError(f"key: expected query's dtype {q.dtype}, got {k.dtype}")
+    if value_dtype is None and v.dtype != q.dtype:
+        raise TypeError(f"value: expected query's dtype {q.dtype}, got {v.dtype}")
+    if value_dtype is not None and v.dtype != value_dtype:
+        raise TypeError(f"value: expected dtype {value_dtype}, got {v.dtype}")
     for name, x in arrays.items():
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected query's dtype {q.dtype}, got {x.dtype}")
         if not all(isinstance(size, int) for size in x.shape):
             raise TypeError(f"{name}: expected sizes known at trace time, got {show(x.shape)}")
     if q.ndim < 3:

@@ -88,7 +88,7 @@ def flash_attention(
       return_lse: also return the log-sum-exp of the scores, [*B, N, T], float32 (float64 beside float64);
         differentiable.
       deterministic: gradients bit-identical from run to run.
-      precision: `jax_flash.Fp8(...)`: the forward pass on 8-bit floating point. Gradients are those of the dtype.
+      precision: `jax_flash.Fp8(...)`: the forward pass on 8 bits. Gradients are those of the dtype.
       implementation: None: the kernel where the program is compiled for a GPU that has one, else XLA. "cuda": the
         kernel, or an error that says why not. "xla": plain JAX, differentiable to any order and in forward mode.
 
@@ -145,7 +145,7 @@ def quantized_attention(
     return_lse = flag("return_lse", return_lse)
     q, k = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (quantized.query, quantized.key))
     v = jax.ShapeDtypeStruct((*k.shape[:-1], value_size), dtype)
-    spec, operands = _canonical(q, k, v, precision=Fp8(), **options)
+    spec, operands = _canonical(q, k, v, precision=fp8.precision_of(quantized), **options)
     path = _path(implementation)
     if _empty(q, k):
         out, lse = _nothing(q, v)
@@ -435,7 +435,7 @@ def _quantized(quantized: Any) -> fp8.Quantized:
         raise TypeError(f"quantized: expected a jax_flash.fp8.Quantized, got {type(quantized).__name__}")
     arrays = {name: array(f"quantized.{name}", x) for name, x in quantized._asdict().items()}
     q, k = arrays["query"], arrays["key"]
-    wanted = jax.eval_shape(fp8.from_tensors, q, k, k)._asdict()
+    wanted = jax.eval_shape(fp8.from_tensors, q, k, jax.ShapeDtypeStruct(k.shape, fp8.E4M3))._asdict()
     for name, x in arrays.items():
         if (x.shape, x.dtype) != (wanted[name].shape, wanted[name].dtype):
             expected = f"{wanted[name].dtype} of shape {wanted[name].shape} beside query {q.shape} and key {k.shape}"

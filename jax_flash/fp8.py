@@ -1,18 +1,20 @@
-"""Attention on 8-bit floating point: how query, key and value are quantised, and what the kernel computes from them.
+"""Attention on 8 bits: how query, key and value are quantised, and what the kernel computes from them.
 
     q' = R q / qs,   k' = R k / ks,   v' = v / vs          rounded to e4m3; R a random-sign Hadamard rotation
     s  = scale * qs * ks * (q' . k')                       = scale * q . k up to rounding: R cancels
     p  = 2^(s log2 e + log2 vs - m + 4)                    m an integer above the row's maximum; rounded to e4m3
     out = sum(p v') / sum(p / vs)
 
-Scales are powers of two, one for each `BLOCK` tokens of a head: dividing by them is exact. `quantize` here and
+Scales are powers of two, one for each `BLOCK` tokens of a head: dividing by them is exact. With `Fp8(scores="int8")`
+query and key are int8 instead: integers from -127 to 127, their scales the largest magnitude / 127. int8 has no NaN: a
+token that holds one is `_NAN` throughout, and the scale of its block negative. `quantize` here and
 cuda/support/quantize.cuh give the same bits. `emulate` computes what the kernel computes, rounding of p included, in
 plain JAX.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +26,24 @@ from jax_flash.extension import native
 from jax_flash.masks import Tiling
 from jax_flash.spec import AttentionSpec, Fp8, Operands, batch_shape
 
+Granularity: TypeAlias = Literal["block", "head", "tensor"]
+
 BLOCK = 32
 """Tokens that share a scale."""
 
 E4M3 = jnp.float8_e4m3fn
+SCORE_DTYPES: dict[Literal["e4m3", "int8"], Any] = {"e4m3": E4M3, "int8": jnp.int8}
+"""Of query and key, by `Fp8.scores`."""
+
 HEAD_SIZES = (64, 128, 256)
 """Head sizes of the kernel; others are padded with zeros, which change nothing."""
 
-_LARGEST = 448.0  # of e4m3
 _CHUNK = 16  # keys that stand together in the layout of the value
 _SHIFT = 4  # p reaches 2^4: a maximum that lags behind by up to 2^4 still fits e4m3
 _CLAMP = 2.0**60  # of the inputs: then no product of two scales overflows
-_LEAST_EXPONENT = -50  # of a scale: nor does one vanish
+_LEAST_EXPONENT = -50  # of a scale of e4m3: nor does one vanish
+_LEAST_OF_INTEGERS = 2.0**-43  # magnitude that a scale of int8 is for, as that is then about the same
+_NAN = -128
 
 # Position c of a chunk holds key _ORDER[c]: so the registers that hold a tile of p after the first product are already
 # the operand of the second, without any shuffle.
@@ -48,8 +56,8 @@ _ORDER = np.array(
 class Quantized(NamedTuple):
     """Query, key and value as the fp8 kernel takes them. H' is the head size of the kernel, S' is S up to a block."""
 
-    query: Any  # e4m3 [*B, T, N, H']
-    key: Any  # e4m3 [*B, S, K, H']
+    query: Any  # e4m3 or int8 [*B, T, N, H']
+    key: Any  # of query's dtype [*B, S, K, H']
     value: Any  # e4m3 [*B, K, S' / 16, H' * 16]: 16 keys, in the order of the kernel's registers, stand together
     query_scale: Any  # float32 [*B, N, ceil(T / BLOCK)]
     key_scale: Any  # float32 [*B, K, ceil(S / BLOCK)]
@@ -78,8 +86,12 @@ def quantize(
 def from_tensors(
     query: Any, key: Any, value: Any, query_scale: Any = 1.0, key_scale: Any = 1.0, value_scale: Any = 1.0
 ) -> Quantized:
-    """Tensors that are e4m3 already, in `flash_attention`'s shapes, and what multiplies each: one number above 0."""
-    q, k, v = query_key_value(query, key, value, (str(np.dtype(E4M3)),))
+    """Tensors of 8 bits already, in `flash_attention`'s shapes, and what multiplies each: one number above 0.
+
+    e4m3; query and key may be int8, of integers from -127 to 127.
+    """
+    dtypes = [str(np.dtype(dtype)) for dtype in SCORE_DTYPES.values()]
+    q, k, v = query_key_value(query, key, value, dtypes, str(np.dtype(E4M3)))
     size = kernel_head_size(max(q.shape[-1], v.shape[-1]))
 
     def scales(x: Any, name: str, scale: Any) -> Any:
@@ -97,6 +109,11 @@ def from_tensors(
         scales(k, "key_scale", key_scale),
         scales(v, "value_scale", value_scale),
     )
+
+
+def precision_of(quantized: Quantized) -> Fp8:
+    """With the scores that the arrays are for."""
+    return next(Fp8(scores=scores) for scores, dtype in SCORE_DTYPES.items() if quantized.query.dtype == dtype)
 
 
 def kernel_head_size(size: int) -> int:
@@ -133,10 +150,8 @@ def emulate(spec: AttentionSpec, quantized: Quantized, operands: Operands, dtype
     The kernel meets a row's maximum key tile by key tile and so may hold p in lower powers of two: the results differ
     only where p is so small that e4m3 is denormal.
     """
-    q, k = (
-        _each_token(scale, x.shape[-3])[..., None] * x.astype(jnp.float32)
-        for x, scale in ((quantized.query, quantized.query_scale), (quantized.key, quantized.key_scale))
-    )
+    q = _restored(quantized.query, quantized.query_scale)
+    k = _restored(quantized.key, quantized.key_scale)
     v = value_from_layout(quantized.value, k.shape[-3]).astype(jnp.float32)
     call = xla._Call(spec, q, k, v, operands)
     call.k_tiles = Tiling(k.shape[-3], k.shape[-3])  # a row's maximum must be known before its p is rounded
@@ -171,8 +186,19 @@ def emulate(spec: AttentionSpec, quantized: Quantized, operands: Operands, dtype
 def forward_attributes(spec: AttentionSpec, q: Any, k: Any, v: Any, operands: Operands, dtype: Any) -> dict[str, Any]:
     """Attributes of `jax_flash_forward_fp8`, from arrays of the shapes before quantisation."""
     size = kernel_head_size(max(q.shape[-1], v.shape[-1]))
-    q, k = (jax.ShapeDtypeStruct((*x.shape[:-1], size), E4M3) for x in (q, k))
+    q, k = (jax.ShapeDtypeStruct((*x.shape[:-1], size), _score_dtype(spec)) for x in (q, k))
     return spec.attributes(q, k, v, operands) | {"out_dtype": str(np.dtype(dtype))}
+
+
+def quantize_attributes(spec: AttentionSpec, q: Any, k: Any, v: Any, lengths: Operands) -> dict[str, Any]:
+    """Attributes of `jax_flash_quantize`."""
+    precision = spec.precision or Fp8()
+    quantized = str(np.dtype(_score_dtype(spec)))
+    return spec.attributes(q, k, v, lengths) | {"rotate": precision.rotate, "quantized": quantized}
+
+
+def _score_dtype(spec: AttentionSpec) -> Any:
+    return SCORE_DTYPES[(spec.precision or Fp8()).scores]
 
 
 def tiles(spec: AttentionSpec, q: Any, k: Any, v: Any, operands: Operands) -> tuple[Any, Any]:
@@ -197,7 +223,7 @@ def kernel(spec: AttentionSpec, q: Any, k: Any, v: Any, operands: Operands) -> t
 
 def _quantize_kernel(spec: AttentionSpec, q: Any, k: Any, v: Any, lengths: Operands) -> Quantized:
     precision = spec.precision or Fp8()
-    attributes = spec.attributes(q, k, v, lengths) | {"rotate": precision.rotate}
+    attributes = quantize_attributes(spec, q, k, v, lengths)
     shapes = jax.eval_shape(lambda q, k, v: _quantize(q, k, v, precision, None, None), q, k, v)
     return Quantized(*_ffi_call("jax_flash_quantize", shapes, attributes, q, k, v, *lengths.present().values()))
 
@@ -242,16 +268,18 @@ def _with_own_lengths(q: Any, k: Any, v: Any, operands: Operands) -> tuple[Any, 
 def _quantize(q: Any, k: Any, v: Any, precision: Fp8, q_lengths: Any, kv_lengths: Any) -> Quantized:
     """`quantize`; the batch axes of an array and of its lengths may be of size 1."""
     size = kernel_head_size(max(q.shape[-1], v.shape[-1]))
-    rotation = hadamard_size(q.shape[-1])
+    turned = -(-q.shape[-1] // 8) * 8  # kernels take multiples of 8
+    rotation = hadamard_size(turned)
     v, v_scale = _scaled(_prepared(v, kv_lengths), precision.value_scales)
-    q, k = (_prepared(x, lengths) for x, lengths in ((q, q_lengths), (k, kv_lengths)))
+    q, k = (_padded(_prepared(x, lengths), turned) for x, lengths in ((q, q_lengths), (k, kv_lengths)))
     if precision.rotate:
         q, k = _rotated(q, rotation), _rotated(k, rotation)
-    q, q_scale = _scaled(q, precision.scales)
-    k, k_scale = _scaled(k, precision.scales)
+    scaled = _scaled_to_integers if precision.scores == "int8" else _scaled
+    q, q_scale = scaled(_padded(q, size), precision.scales)
+    k, k_scale = scaled(_padded(k, size), precision.scales)
     if precision.rotate:
         k_scale = k_scale / rotation  # the butterflies grow q . k by that power of two
-    return Quantized(_padded(q, size), _padded(k, size), value_layout(_padded(v, size)), q_scale, k_scale, v_scale)
+    return Quantized(q, k, value_layout(_padded(v, size)), q_scale, k_scale, v_scale)
 
 
 def _prepared(x: Any, lengths: Any) -> Any:
@@ -284,18 +312,48 @@ def _rotated(x: Any, block: int) -> Any:
     return x.reshape(shape)
 
 
-def _scaled(x: Any, granularity: Literal["block", "head", "tensor"]) -> tuple[Any, Any]:
+def _scaled(x: Any, granularity: Granularity) -> tuple[Any, Any]:
     """x [*B, T, N, H] float32 -> e4m3 of the same shape, scales float32 [*B, N, ceil(T / BLOCK)]."""
-    length = x.shape[-3]
-    blocks = jnp.pad(jnp.abs(x), [(0, 0)] * (x.ndim - 3) + [(0, -length % BLOCK), (0, 0), (0, 0)])
-    blocks = blocks.reshape(*x.shape[:-3], -(-length // BLOCK), BLOCK, *x.shape[-2:])
-    largest = jnp.nanmax(blocks, axis=(-3, -1), initial=0)  # [*B, blocks, N]
-    if granularity != "block":
-        axes = -2 if granularity == "head" else None
-        largest = jnp.broadcast_to(jnp.max(largest, axes, keepdims=True), largest.shape)
-    exponent = _exponent(largest)
-    inverse = _each_block(_power_of_two(-exponent), length)[..., None]
+    exponent = _exponent(_largest(x, granularity))
+    inverse = _each_block(_power_of_two(-exponent), x.shape[-3])[..., None]
     return _rounded(x * inverse), jnp.swapaxes(_power_of_two(exponent), -1, -2)
+
+
+def _scaled_to_integers(x: Any, granularity: Granularity) -> tuple[Any, Any]:
+    """The same with int8 instead of e4m3."""
+    largest = jnp.maximum(_largest(x, granularity), np.float32(_LEAST_OF_INTEGERS))
+    # 127 / largest from the first 16 bits of it: integers divide alike everywhere, floating point by XLA does not.
+    bits = jax.lax.bitcast_convert_type(largest, jnp.uint32)
+    quotient = np.uint32(127 << 25) // ((bits & np.uint32(0x7FFFFF) | np.uint32(0x800000)) >> np.uint32(8))
+    inverse = quotient.astype(jnp.float32) * _power_of_two(117 - (bits >> np.uint32(23)).astype(jnp.int32))
+    nan = jnp.isnan(x)
+    rounded = jnp.round(x * _each_block(inverse, x.shape[-3])[..., None])
+    scale = largest * (np.float32(1) / np.float32(127))
+    scale = jnp.where(_in_blocks(nan).any((-3, -1)), -scale, scale)
+    return jnp.where(nan.any(-1, keepdims=True), _NAN, rounded).astype(jnp.int8), jnp.swapaxes(scale, -1, -2)
+
+
+def _restored(x: Any, scale: Any) -> Any:
+    """Query or key as quantised -> float32."""
+    scale = _each_token(scale, x.shape[-3])[..., None]
+    restored = jnp.abs(scale) * x.astype(jnp.float32)
+    return jnp.where((scale < 0) & (x == _NAN), jnp.nan, restored) if x.dtype == jnp.int8 else restored
+
+
+def _largest(x: Any, granularity: Granularity) -> Any:
+    """Magnitude for which each block has its scale: [*B, ceil(T / BLOCK), N]."""
+    largest = jnp.nanmax(_in_blocks(jnp.abs(x)), axis=(-3, -1), initial=0)
+    if granularity == "block":
+        return largest
+    axes = -2 if granularity == "head" else None
+    return jnp.broadcast_to(jnp.max(largest, axes, keepdims=True), largest.shape)
+
+
+def _in_blocks(x: Any) -> Any:
+    """[*B, T, N, H] -> [*B, ceil(T / BLOCK), BLOCK, N, H]"""
+    *batch, length, heads, size = x.shape
+    x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, -length % BLOCK), (0, 0), (0, 0)])
+    return x.reshape(*batch, -(-length // BLOCK), BLOCK, heads, size)
 
 
 def _rounded(x: Any) -> Any:

@@ -79,15 +79,18 @@ def batch_shape(q: Any, k: Any, v: Any) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Fp8:
-    """Attention on 8-bit floating point (e4m3): how query, key and value are quantised. See jax_flash/fp8.py.
+    """Attention on 8 bits: how query, key and value are quantised. See jax_flash/fp8.py.
 
     rotate: query and key by the same random-sign Hadamard matrix, which spreads outliers and cancels in their product.
     scales, value_scales: one for each block of 32 tokens of a head, each head, or the whole array.
+    scores: what query and key become: "e4m3", as the value always does, or "int8", whose error after the rotation is
+      a third of that.
     """
 
     rotate: bool = True
     scales: Literal["block", "head", "tensor"] = "block"
     value_scales: Literal["block", "head", "tensor"] = "block"
+    scores: Literal["e4m3", "int8"] = "e4m3"
 
     def __post_init__(self):
         if not isinstance(self.rotate, bool):
@@ -95,6 +98,8 @@ class Fp8:
         for name in ("scales", "value_scales"):
             if getattr(self, name) not in ("block", "head", "tensor"):
                 raise ValueError(f"{name}: expected 'block', 'head' or 'tensor', got {getattr(self, name)!r}")
+        if self.scores not in ("e4m3", "int8"):
+            raise ValueError(f"scores: expected 'e4m3' or 'int8', got {self.scores!r}")
 
 
 @dataclasses.dataclass(frozen=True)

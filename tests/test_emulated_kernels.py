@@ -66,14 +66,30 @@ def check(name: str, fields: dict, repeats: int = 1) -> None:
         cases.check(inputs, **results)
 
 
-def check_fp8(size: int) -> None:
+def check_fp8(size: int, scores: str) -> None:
     import test_fp8
 
-    test_fp8.TestKernels().check(test_fp8.qkv(t=200, s=300, size=size), causal=True)
+    from jax_flash import Fp8
+
+    test_fp8.check_kernel(test_fp8.qkv(t=200, s=300, size=size), Fp8(scores=scores), causal=True)
+
+
+def check_fp8_nan() -> None:
+    import test_fp8
+
+    test_fp8.test_nan_stays_where_it_is_seen(80, False, "int8", "cuda")
+    test_fp8.TestKernels().test_quantize_gives_the_same_bits_of_hard_inputs(
+        lambda x: x.at[:, 5, 0, 3].set(float("nan"))
+    )
 
 
 RUNS = {f"sm_{arch}, {name}": (arch, check, name, fields) for arch in CASES for name, fields in CASES[arch]}
-RUNS |= {f"FP8, head size {size}": (90, check_fp8, size) for size in (64, 128, 256)}
+RUNS |= {
+    f"FP8, {scores}, head size {size}": (90, check_fp8, size, scores)
+    for size in (64, 128, 256)
+    for scores in ("e4m3", "int8")
+}
+RUNS["FP8, int8, NaN"] = 90, check_fp8_nan
 
 
 def process(*arguments) -> ProcessPoolExecutor:

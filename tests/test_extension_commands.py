@@ -30,11 +30,12 @@ def test_explain_covers_each_gradient(capsys):
     assert titles == ["forward", "backward", "bias gradient"]
 
 
-def test_explain_covers_both_steps_of_fp8(capsys):
-    commands.main(["explain", "--fp8", "--arch", "9.0"])
+@pytest.mark.parametrize("words, scores", [(["--fp8"], "e4m3"), (["--fp8", "int8"], "int8")])
+def test_explain_covers_both_steps_of_fp8(capsys, words, scores):
+    commands.main(["explain", *words, "--arch", "9.0"])
     said = capsys.readouterr().out
     assert "quantize on compute capability 9.0: quantize\n" in said
-    assert "forward on compute capability 9.0: sm90_forward_fp8\n" in said
+    assert f"forward on compute capability 9.0: sm90_forward_fp8\n  scores     {scores}\n" in said
 
 
 def test_every_option_reaches_the_attributes():

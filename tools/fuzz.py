@@ -5,8 +5,9 @@
     python tools/fuzz.py --kernels sm80        with one family of kernels only
     python tools/fuzz.py --emulate 90          on emulated GPUs of that architecture (tests/emulation.py): no GPU needed
 
-Values and all gradients must be as exact as plain attention in the same dtype (tests/cases.py has the bound). Calls
-come in groups that share kernels and differ in sizes and numbers, since compiling takes most of the time.
+Values and all gradients must be as exact as plain attention in the same dtype (tests/cases.py has the bound); those of
+FP8, where the GPU has it, agree with its emulation. Calls come in groups that share kernels and differ in sizes and
+numbers, since compiling takes most of the time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def draw(number: int):
     """The call of this number and the further keywords of its call."""
     import cases
 
+    from jax_flash import Fp8
+
     rng = np.random.default_rng(number // GROUP)
 
     def pick(options):
@@ -39,7 +42,10 @@ def draw(number: int):
         case = dataclasses.replace(case, features=frozenset(f for f in sorted(case.features) if pick((True, False))))
     size = case.head_dim**-0.5 * (-1 if case.scale < 0 else 1)
     case = dataclasses.replace(case, scale=size * pick((0.5, 1.0, 3.0)))
-    keywords = {"deterministic": pick((False, True))}
+    keywords = {"deterministic": pick((False, True)), "precision": None}
+    precision = pick((None, None, None, Fp8(), Fp8(scores="int8")))
+    if has_fp8() and not case.dropout_rate:
+        keywords["precision"] = precision
 
     rng = np.random.default_rng((1, number))
     if number % GROUP:
@@ -51,14 +57,25 @@ def draw(number: int):
     return case, keywords
 
 
+def has_fp8() -> bool:
+    from jax_flash import custom_call
+
+    return custom_call._architectures() == (90,) and os.environ.get("JAX_FLASH_KERNELS", "sm90") in ("", "sm90")
+
+
 def run(number: int) -> str:
     """'' or what went wrong."""
     import cases
+    import test_fp8
 
     case, keywords = draw(number)
     try:
         inputs = case.inputs()
-        cases.check(inputs, **cases.public_results(case, inputs, implementation="cuda", **keywords))
+        if keywords["precision"]:
+            arrays, features = cases.public(case, inputs)
+            test_fp8.check_kernel(arrays, keywords["precision"], **features)
+        else:
+            cases.check(inputs, **cases.public_results(case, inputs, implementation="cuda", **keywords))
     except Exception as error:
         return f"{number}: {case} {keywords}\n    {type(error).__name__}: {str(error)[:2000]}"
     return ""

@@ -43,6 +43,7 @@ SAMPLE = (
     "--head-dim 128",
     f"--head-dim 128 --causal {ALL_FEATURES}",
     "--head-dim 128 --causal --fp8",
+    "--head-dim 128 --causal --fp8 int8",
 )
 ALL = tuple(
     dict.fromkeys(
@@ -50,7 +51,7 @@ ALL = tuple(
             *SAMPLE,
             *(f"{size}{causal}" for size in HEAD_SIZES for causal in ("", " --causal")),
             "--head-dim 128 --causal --dtype float16",
-            *(f"--head-dim {size} --causal --fp8" for size in (64, 128, 256)),
+            *(f"--head-dim {size} --causal --fp8{scores}" for size in (64, 128, 256) for scores in ("", " int8")),
             *(f"--head-dim 128 --causal {feature}" for feature in FEATURES),
             *(f"{size} --causal {ALL_FEATURES}" for size in HEAD_SIZES),
         ]

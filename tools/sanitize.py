@@ -35,6 +35,8 @@ def calls() -> None:
         (64, {"precision": jf.Fp8()}),
         (128, {"precision": jf.Fp8(), "causal": True, "softcap": 20.0}),
         (256, {"precision": jf.Fp8(), "lengths": True}),
+        (128, {"precision": jf.Fp8(scores="int8"), "causal": True}),
+        (256, {"precision": jf.Fp8(scores="int8"), "lengths": True}),
     ):
         if "precision" in keywords and os.environ.get("JAX_FLASH_KERNELS") == "sm80":
             continue  # FP8 has kernels on Hopper only

@@ -29,9 +29,9 @@ Sm90Fp8Tiles ChooseTiles(const Call& call) {
 
 // sizeof the kernel's struct Shared.
 size_t SharedBytes(const Sm90Fp8Tiles& tiles) {
-  const size_t q = tiles.queries * tiles.head, slot = 2 * tiles.keys * tiles.head + tiles.keys / kScaleBlock * 8;
-  const size_t barriers = 8 * (4 + 3 * tiles.stages) + 8;
-  return (3 * q + tiles.stages * slot + barriers + 1023) / 1024 * 1024;
+  const size_t q = tiles.queries * tiles.head, slot = 2 * tiles.keys * tiles.head + tiles.keys / kScaleBlock * 16;
+  const size_t barriers = 8 * (4 + 3 * tiles.stages) + 8, nan_rows = 2 * tiles.queries;
+  return (3 * q + tiles.stages * slot + barriers + nan_rows + 1023) / 1024 * 1024;
 }
 
 constexpr int kQuantizeThreads = 256;
@@ -63,7 +63,8 @@ Planned PlanSm90ForwardFp8(const Call& call) {
   const int q_tiles = CeilDiv(problem.q_len, tiles.queries), items = q_tiles * problem.q_heads * problem.batch;
   const long long head_bytes = 2LL * problem.kv_len * tiles.head;
   const int section = std::max(1, static_cast<int>(std::min<long long>(items / q_tiles, (32LL << 20) / head_bytes)));
-  plan.facts = {{"tile", std::to_string(tiles.queries) + " x " + std::to_string(tiles.keys)},
+  plan.facts = {{"scores", spec.dtype == DType::kInt8 ? "int8" : "e4m3"},
+                {"tile", std::to_string(tiles.queries) + " x " + std::to_string(tiles.keys)},
                 {"items", std::to_string(items)},
                 {"grid", "one block a multiprocessor"}};
 
@@ -86,10 +87,10 @@ Planned PlanSm90ForwardFp8(const Call& call) {
     const SegmentTiles segment_tiles = segments.Run(launch);
     launch.Run(
         0, {{static_cast<unsigned>(std::min(items, launch.multiprocessors))}},
-        Sm90Fp8Args{EncodeTensorMap(HeadsTensor(in.q, DType::kE4M3, problem.q_batch.mod, problem.q_len, problem.q_heads,
+        Sm90Fp8Args{EncodeTensorMap(HeadsTensor(in.q, spec.dtype, problem.q_batch.mod, problem.q_len, problem.q_heads,
                                                 tiles.head, {row, 1, size(tiles.queries), 1}, swizzle)),
-                    EncodeTensorMap(HeadsTensor(in.k, DType::kE4M3, problem.k_batch.mod, problem.kv_len,
-                                                problem.kv_heads, tiles.head, {row, 1, size(tiles.keys), 1}, swizzle)),
+                    EncodeTensorMap(HeadsTensor(in.k, spec.dtype, problem.k_batch.mod, problem.kv_len, problem.kv_heads,
+                                                tiles.head, {row, 1, size(tiles.keys), 1}, swizzle)),
                     EncodeTensorMap(values),
                     EncodeTensorMap(HeadsTensor(launch.buffers.out, tiles.out, problem.batch, problem.q_len,
                                                 problem.q_heads, spec.value_dim, {64, 1, 64, 1}, Swizzle::k128Bytes)),
@@ -115,7 +116,7 @@ Planned PlanQuantize(const Call& call) {
   plan.kernels.push_back(
       {"support/quantize.cuh", "quantize",
        VariantText(spec, "#include \"support/quantize.h\"\nconstexpr jf::QuantizeTiles kTiles{" + std::to_string(head) +
-                             ", " + (call.rotate ? "true" : "false") + "};\n"),
+                             ", " + (call.rotate ? "true" : "false") + ", " + DTypeText(call.quantized) + "};\n"),
        kQuantizeThreads, 0});
   plan.facts = {{"scale block", std::to_string(kScaleBlock) + " tokens"}};
   plan.launch = [=](const Launch& launch) {

@@ -8,6 +8,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 JF_DEVICE float infinity() { return __int_as_float(0x7f800000); }
+JF_DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 
 // 2^x for x <= 0 on the FMA units, relative error under 1e-4: below the rounding of a bf16 probability.
 JF_DEVICE float exp2_software(float x) {

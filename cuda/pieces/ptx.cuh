@@ -59,6 +59,17 @@ JF_DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
   return r;
 }
 
+// Four values as int8, rounded to the nearest, the first in the lowest byte; what is too large becomes the largest.
+JF_DEVICE u32 pack_int8(float a, float b, float c, float d) {
+  u32 r;
+  asm("{\n.reg .s32 i, j;\n.reg .b32 high;\n"
+      "cvt.rni.s32.f32 i, %3;\ncvt.rni.s32.f32 j, %4;\ncvt.pack.sat.s8.s32.b32 high, j, i, 0;\n"
+      "cvt.rni.s32.f32 i, %1;\ncvt.rni.s32.f32 j, %2;\ncvt.pack.sat.s8.s32.b32 %0, j, i, high;\n}"
+      : "=r"(r)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return r;
+}
+
 // A pair of bf16 between two others, lane by lane; NaN stays NaN.
 JF_DEVICE u32 clamp_bf16x2(u32 pair, u32 low, u32 high) {
   asm("{\nmin.NaN.bf16x2 %0, %0, %1;\nmax.NaN.bf16x2 %0, %0, %2;\n}" : "+r"(pair) : "r"(high), "r"(low));

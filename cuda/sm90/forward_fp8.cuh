@@ -1,4 +1,5 @@
-// Attention forward on e4m3 operands for Hopper: TMA, wgmma, warp specialisation.
+// Attention forward on 8-bit operands for Hopper: TMA, wgmma, warp specialisation. p and v are e4m3, q and k e4m3 or
+// int8.
 //
 //   s = unit * (q' . k'),  unit = scale * q_scale * k_scale        one q_scale and k_scale for kScaleBlock tokens
 //   p = 2^(s log2 e + log2 v_scale - m + 4), rounded to e4m3       m an integer, above the maximum up to a factor 2^4
@@ -36,7 +37,8 @@
 // tile costs one FMA, one exponential, one addition and half a conversion an element. m is an integer: rescaling is
 // exact, and the rounding of p does not depend on the order of tiles.
 //
-// Numerics: products of e4m3 are exact; wgmma keeps about 14 bits of their sums; softmax, sums and rescaling in fp32.
+// Numerics: products are exact; wgmma keeps about 14 bits of the sums of e4m3, and all of those of int8; softmax, sums
+// and rescaling in fp32.
 // Limits: head sizes up to 256, value not wider than the tile's head, no dropout.
 #include "pieces/score.cuh"
 #include "sm90/fp8_args.h"
@@ -46,6 +48,7 @@ namespace jf {
 
 constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys, kHead = kTiles.head, kStages = kTiles.stages;
 constexpr int kGroups = kQueries / 64;
+constexpr bool kIntegers = kSpec.dtype == DType::kInt8;  // query and key
 constexpr int kThreads = 128 * (kGroups + 1);
 constexpr int kProducerRegisters = kGroups == 2 ? 24 : 32, kConsumerRegisters = kGroups == 2 ? 240 : 160;
 constexpr int kScores = kKeys / 2, kOutputs = kHead / 2;  // accumulator registers of a thread
@@ -81,7 +84,8 @@ struct alignas(1024) Shared {
   BlockScale scales[kStages][kBlocks];
   u64 q_full, q_free, item_full, item_free;
   u64 k_full[kStages], v_full[kStages], slot_free[kStages];
-  int items[2];  // index of the item of each parity
+  int items[2];                          // index of the item of each parity
+  unsigned char nan_rows[2 * kQueries];  // bit r: row r of a consumer thread holds NaN; only of int8
 };
 static_assert(sizeof(Shared) <= 232448);
 
@@ -137,14 +141,34 @@ JF_DEVICE u32 rows_low(u32 address) { return address / 16 | 1u << 16; }
 JF_DEVICE u32 values_low(u32 address) { return address / 16 | (kHead * kValueChunk / 16) << 16; }
 JF_DEVICE u64 descriptor(u32 low, u32 high) { return static_cast<u64>(high) << 32 | low; }
 
+// What the products of query and key are summed in.
+template <bool kOfIntegers>
+struct SumOf {
+  using Type = float;
+};
+template <>
+struct SumOf<true> {
+  using Type = int;
+};
+using Sum = SumOf<kIntegers>::Type;
+
+// The sums in floating point: themselves, or copied to `floats`.
+using Scores = float[kScores];
+JF_DEVICE Scores& as_floats(float (&sums)[kScores], Scores&) { return sums; }
+JF_DEVICE Scores& as_floats(const int (&sums)[kScores], Scores& floats) {
+#pragma unroll
+  for (int i = 0; i < kScores; i++) floats[i] = static_cast<float>(sums[i]);
+  return floats;
+}
+
 // S = Q K^T of 64 queries. q, k: low halves of descriptors.
-JF_DEVICE void scores(float (&s)[kScores], u32 q, u32 k) {
+JF_DEVICE void scores(Sum (&s)[kScores], u32 q, u32 k) {
   q = afresh(q);
 #pragma unroll
   for (int step = 0; step < kHead / 32; step++) {
     const u32 atom = step * 32 / kRowBytes, column = step * 32 % kRowBytes;
-    wgmma<DType::kE4M3>(s, descriptor(q + (atom * kQueries * kRowBytes + column) / 16, kRowsHigh),
-                        descriptor(k + (atom * kKeys * kRowBytes + column) / 16, kRowsHigh), step != 0);
+    wgmma<kSpec.dtype>(s, descriptor(q + (atom * kQueries * kRowBytes + column) / 16, kRowsHigh),
+                       descriptor(k + (atom * kKeys * kRowBytes + column) / 16, kRowsHigh), step != 0);
   }
 }
 
@@ -154,6 +178,12 @@ JF_DEVICE void accumulate(float (&o)[kOutputs], const u32 (&p)[kScores / 4], u32
   for (int step = 0; step < kKeys / 32; step++) {
     wgmma<DType::kE4M3>(o, p + 4 * step, descriptor(v + step * 32 * kHead / 16, kValuesHigh), !first || step != 0);
   }
+}
+
+// The scale, but of a size of at least `least`. The sign is a mark, with kNaNByte.
+JF_DEVICE float bounded(float scale, float least) {
+  if constexpr (kIntegers) return copysignf(fmaxf(fabsf(scale), least), scale);
+  return fmaxf(scale, least);
 }
 
 // First scale of a head.
@@ -263,7 +293,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
       const float k_scale = __ldg(k_scales + block), v_scale = __ldg(v_scales + block);
       barrier_wait(shared_address(&shared.slot_free[at.slot()]), at.pass() ^ 1);
       if (lane_id() < kBlocks) {
-        shared.scales[at.slot()][lane_id()] = {fmaxf(k_scale, kLeastKeyScale), log2_fast(v_scale), 1.f / v_scale};
+        shared.scales[at.slot()][lane_id()] = {bounded(k_scale, kLeastKeyScale), log2_fast(v_scale), 1.f / v_scale};
       }
       __syncwarp();  // before the leader's arrival, which hands the scales over
       if (leads) {
@@ -282,6 +312,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
     if (leads) index = atomicAdd(args.counter, 1) + gridDim.x;
     index = __shfl_sync(~0u, index, 0);
     barrier_wait(shared_address(&shared.item_free), at.item() ^ 1);
+    __syncwarp();  // no lane still waits for this phase when the leader lets the next one come
     if (leads) {
       shared.items[at.item() ^ 1] = index;
       barrier_arrive(shared_address(&shared.item_full));
@@ -309,6 +340,34 @@ struct Consumer {
 
   JF_DEVICE int index() const { return *static_cast<volatile int*>(&shared.items[progress.item()]); }
 
+  // The scores of keys that hold NaN become NaN, and the marks are taken off the scales.
+  JF_DEVICE void restore_nan_keys(float (&s)[kScores], BlockScale (&scales)[kBlocks]) const {
+    bool any = false;
+#pragma unroll
+    for (int b = 0; b < kBlocks; b++) any |= scales[b].unit < 0.f;
+    if (__any_sync(~0u, any)) {
+      const unsigned char* first = shared.k[progress.slot()] + lane_id() % 4 * 2 * kRowBytes;
+#pragma unroll
+      for (int i = 0; i < kScores; i++) {
+        if (scales[i / 16].unit < 0.f && first[fragment_column(i) * kRowBytes] == kNaNByte) s[i] = not_a_number();
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; b++) scales[b].unit = fabsf(scales[b].unit);
+  }
+
+  // Queries that hold NaN are kept for `finish`: in registers they would be in the way of everything between.
+  JF_DEVICE unsigned char& nan_rows() const { return shared.nan_rows[afresh(threadIdx.x) - 128]; }
+  JF_DEVICE void find_nan_rows(bool marked) const {
+    nan_rows() = 0;
+    if (!marked) return;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = row_in_tile() + lane_id() / 4 + 8 * r;
+      if (shared.q[row * kRowBytes] == kNaNByte) nan_rows() |= 1 << r;
+    }
+  }
+
   JF_DEVICE void compute() {
     const Problem& problem = args.problem;
     const Item item = item_of(args, index());
@@ -324,9 +383,11 @@ struct Consumer {
     const float q_scale =
         __ldg(scales_of(args.q_scale, problem.q_batch(item.batch), problem.q_heads, item.head, q_blocks) +
               min(warp_row / kScaleBlock, q_blocks - 1));
-    const float factor = fmaxf(q_scale * (kPlainScores ? score.scale_log2 : 1.f), kLeastFactor);
+    const float factor =
+        fmaxf((kIntegers ? fabsf(q_scale) : q_scale) * (kPlainScores ? score.scale_log2 : 1.f), kLeastFactor);
 
-    float s[kScores], o[kOutputs], rescale[2];
+    Sum sums[kScores];
+    float o[kOutputs], rescale[2];
     u32 p[kScores / 4];
     BlockScale scales[kBlocks];
     softmax.reset();
@@ -346,6 +407,9 @@ struct Consumer {
     };
     // Products of tile n -> P(n); whether O must be rescaled.
     const auto probabilities = [&](int n) {
+      Scores floats;
+      Scores& s = as_floats(sums, floats);
+      if constexpr (kIntegers) restore_nan_keys(s, scales);
       const Fragment<false> at = warp_fragment<false>(warp_row, n * kKeys);
       if constexpr (!kPlainScores) {
 #pragma unroll
@@ -365,17 +429,18 @@ struct Consumer {
     };
 
     barrier_wait(shared_address(&shared.q_full), progress.item());
+    if constexpr (kIntegers) find_nan_rows(q_scale < 0.f);
     if (tiles.size() == 0) {
       named_sync(1 + group(), 128);  // as in run: without products nothing else keeps the warps together
       arrive(shared.q_free);
     } else {
       wait_k();
       wgmma_fence();
-      scores(s, q, k + progress.slot() * (kTileBytes / 16));
+      scores(sums, q, k + progress.slot() * (kTileBytes / 16));
       wgmma_commit();
       load_scales();
       wgmma_wait<0>();
-      pin(s);
+      pin(sums);
       if (tiles.size() == 1) arrive(shared.q_free);
       probabilities(tiles.end - 1);
 
@@ -385,14 +450,14 @@ struct Consumer {
         wait_k();
         pin(p);
         wgmma_fence();
-        scores(s, q, k + progress.slot() * (kTileBytes / 16));
+        scores(sums, q, k + progress.slot() * (kTileBytes / 16));
         wgmma_commit();
         wait_v(values);
         accumulate(o, p, v + values.slot() * (kTileBytes / 16), n == tiles.end - 2);
         wgmma_commit();
         load_scales();
         wgmma_wait<0>();
-        pin(s);
+        pin(sums);
         pin(o);
         pin(p);
         arrive(shared.slot_free[values.slot()]);
@@ -426,6 +491,7 @@ struct Consumer {
       const int row = item.row0 + row_in_tile() + lane_id() / 4 + 8 * r;
       float total = row_sum(softmax.sum[r]);
       const bool empty = total == 0.f || row >= q_end;
+      if (kIntegers && nan_rows() >> r & 1) total = not_a_number();
       if constexpr (kSpec.sinks) total += exp2_fast(args.features.sinks[item.head] * kLog2E - softmax.offset[r]);
       factor[r] = empty ? 0.f : 1.f / total;
       if (lane_id() % 4 == 0 && row < problem.q_len) {

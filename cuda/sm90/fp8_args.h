@@ -8,6 +8,8 @@ namespace jf {
 
 constexpr int kScaleBlock = 32;  // tokens that share a scale
 constexpr int kValueChunk = 16;  // keys that stand together in the layout of the value
+// int8 has no NaN: a token of query or key that holds one is this byte throughout, and the scale of its block negative.
+constexpr unsigned char kNaNByte = 0x80;
 
 // Tiles of one variant: `constexpr jf::Sm90Fp8Tiles kTiles{...}` in variant.h.
 struct Sm90Fp8Tiles {

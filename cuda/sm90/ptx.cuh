@@ -178,6 +178,7 @@ JF_DEVICE u32 pack_e4m3_ordered(const float* x) {
 //   wgmma<DType::kBF16>(d, descriptor_a, descriptor_b, accumulate)                A and B K-major
 //   wgmma<DType::kBF16, false, true>(d, descriptor_a, descriptor_b, accumulate)   B MN-major
 //   wgmma<DType::kBF16, true>(d, registers_a, descriptor_b, accumulate)           A from four registers, B MN-major
+//   wgmma<DType::kInt8>(d, descriptor_a, descriptor_b, accumulate)                d: integers, whose sums are exact
 // clang-format off
 #define JF_REGS_16 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define JF_REGS_32 JF_REGS_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -198,7 +199,8 @@ JF_DEVICE u32 pack_e4m3_ordered(const float* x) {
 #define JF_REGS_256 JF_REGS_240 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define JF_ACCUMULATORS_16 JF_EIGHT(0)
 #define JF_ACCUMULATORS_32 JF_ACCUMULATORS_16, JF_EIGHT(8)
-#define JF_ACCUMULATORS_40 JF_ACCUMULATORS_32, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19])
+#define JF_ACCUMULATORS_40 \
+  JF_ACCUMULATORS_32, JF_SUM(d[16]), JF_SUM(d[17]), JF_SUM(d[18]), JF_SUM(d[19])
 #define JF_ACCUMULATORS_48 JF_ACCUMULATORS_32, JF_EIGHT(16)
 #define JF_ACCUMULATORS_64 JF_ACCUMULATORS_48, JF_EIGHT(24)
 #define JF_ACCUMULATORS_80 JF_ACCUMULATORS_64, JF_EIGHT(32)
@@ -214,21 +216,22 @@ JF_DEVICE u32 pack_e4m3_ordered(const float* x) {
 #define JF_ACCUMULATORS_240 JF_ACCUMULATORS_224, JF_EIGHT(112)
 #define JF_ACCUMULATORS_256 JF_ACCUMULATORS_240, JF_EIGHT(120)
 #define JF_EIGHT(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
-  "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+  JF_SUM(d[i]), JF_SUM(d[i + 1]), JF_SUM(d[i + 2]), JF_SUM(d[i + 3]), \
+  JF_SUM(d[i + 4]), JF_SUM(d[i + 5]), JF_SUM(d[i + 6]), JF_SUM(d[i + 7])
 
-#define JF_WGMMA_TEXT(N, K_AND_TYPES, A, B, ACCUMULATE, TRANSPOSES) \
+// MODIFIERS: the operands' signs and transposes, as far as the types have them.
+#define JF_WGMMA_TEXT(N, K_AND_TYPES, A, B, ACCUMULATE, MODIFIERS) \
   "{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE ", 0;\n" \
   "wgmma.mma_async.sync.aligned.m64n" #N K_AND_TYPES " {" JF_REGS_##N \
-  "}, " A ", " B ", p, 1, 1" TRANSPOSES ";\n}"
+  "}, " A ", " B ", p" MODIFIERS ";\n}"
 
-#define JF_WGMMA_SHARED(N, K_AND_TYPES, A, B, ACCUMULATE, TRANSPOSES, ...) \
-  asm volatile(JF_WGMMA_TEXT(N, K_AND_TYPES, A, B, ACCUMULATE, TRANSPOSES) \
+#define JF_WGMMA_SHARED(N, K_AND_TYPES, A, B, ACCUMULATE, MODIFIERS, ...) \
+  asm volatile(JF_WGMMA_TEXT(N, K_AND_TYPES, A, B, ACCUMULATE, MODIFIERS) \
                : JF_ACCUMULATORS_##N \
                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)) __VA_ARGS__)
 
-#define JF_WGMMA_REGISTERS(N, K_AND_TYPES, A, B, ACCUMULATE, TRANSPOSES, ...) \
-  asm volatile(JF_WGMMA_TEXT(N, K_AND_TYPES, A, B, ACCUMULATE, TRANSPOSES) \
+#define JF_WGMMA_REGISTERS(N, K_AND_TYPES, A, B, ACCUMULATE, MODIFIERS, ...) \
+  asm volatile(JF_WGMMA_TEXT(N, K_AND_TYPES, A, B, ACCUMULATE, MODIFIERS) \
                : JF_ACCUMULATORS_##N \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)) __VA_ARGS__)
 
@@ -237,30 +240,31 @@ JF_DEVICE u32 pack_e4m3_ordered(const float* x) {
   template <DType kType, bool kTransposeA = false, bool kTransposeB = false> \
   JF_DEVICE void wgmma(float (&d)[N / 2], u64 a, u64 b, bool accumulate) { \
     if constexpr (kType == DType::kBF16) { \
-      JF_WGMMA_SHARED(N, "k16.f32.bf16.bf16", I0, I1, I2, ", " I3 ", " I4, \
+      JF_WGMMA_SHARED(N, "k16.f32.bf16.bf16", I0, I1, I2, ", 1, 1, " I3 ", " I4, \
                       , "n"(static_cast<int>(kTransposeA)), "n"(static_cast<int>(kTransposeB))); \
     } else if constexpr (kType == DType::kF16) { \
-      JF_WGMMA_SHARED(N, "k16.f32.f16.f16", I0, I1, I2, ", " I3 ", " I4, \
+      JF_WGMMA_SHARED(N, "k16.f32.f16.f16", I0, I1, I2, ", 1, 1, " I3 ", " I4, \
                       , "n"(static_cast<int>(kTransposeA)), "n"(static_cast<int>(kTransposeB))); \
     } else { \
       static_assert(kType == DType::kE4M3 && !kTransposeA && !kTransposeB, "8-bit operands are K-major"); \
-      JF_WGMMA_SHARED(N, "k32.f32.e4m3.e4m3", I0, I1, I2, ""); \
+      JF_WGMMA_SHARED(N, "k32.f32.e4m3.e4m3", I0, I1, I2, ", 1, 1"); \
     } \
   } \
   template <DType kType, bool kTransposeB = false> \
   JF_DEVICE void wgmma(float (&d)[N / 2], const u32* a, u64 b, bool accumulate) { \
     if constexpr (kType == DType::kBF16) { \
-      JF_WGMMA_REGISTERS(N, "k16.f32.bf16.bf16", "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, ", " I6, \
+      JF_WGMMA_REGISTERS(N, "k16.f32.bf16.bf16", "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, ", 1, 1, " I6, \
                          , "n"(static_cast<int>(kTransposeB))); \
     } else if constexpr (kType == DType::kF16) { \
-      JF_WGMMA_REGISTERS(N, "k16.f32.f16.f16", "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, ", " I6, \
+      JF_WGMMA_REGISTERS(N, "k16.f32.f16.f16", "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, ", 1, 1, " I6, \
                          , "n"(static_cast<int>(kTransposeB))); \
     } else { \
       static_assert(kType == DType::kE4M3 && !kTransposeB, "8-bit operands are K-major"); \
-      JF_WGMMA_REGISTERS(N, "k32.f32.e4m3.e4m3", "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, ""); \
+      JF_WGMMA_REGISTERS(N, "k32.f32.e4m3.e4m3", "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, ", 1, 1"); \
     } \
   }
 
+#define JF_SUM(x) "+f"(x)
 JF_WGMMA(16, "%8", "%9", "%10", "%11", "%12", "%13", "%14")
 JF_WGMMA(32, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 JF_WGMMA(40, "%20", "%21", "%22", "%23", "%24", "%25", "%26")
@@ -278,6 +282,19 @@ JF_WGMMA(208, "%104", "%105", "%106", "%107", "%108", "%109", "%110")
 JF_WGMMA(224, "%112", "%113", "%114", "%115", "%116", "%117", "%118")
 JF_WGMMA(240, "%120", "%121", "%122", "%123", "%124", "%125", "%126")
 JF_WGMMA(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+#undef JF_SUM
+#define JF_SUM(x) "+r"(x)
+
+#define JF_WGMMA_INT8(N, I0, I1, I2) \
+  template <DType kType> \
+  JF_DEVICE void wgmma(int (&d)[N / 2], u64 a, u64 b, bool accumulate) { \
+    static_assert(kType == DType::kInt8, "sums in integers are those of int8"); \
+    JF_WGMMA_SHARED(N, "k32.s32.s8.s8", I0, I1, I2, ""); \
+  }
+
+JF_WGMMA_INT8(64, "%32", "%33", "%34")
+JF_WGMMA_INT8(96, "%48", "%49", "%50")
+JF_WGMMA_INT8(128, "%64", "%65", "%66")
 // clang-format on
 
 }  // namespace jf

@@ -1,14 +1,15 @@
-// Query, key and value to e4m3 for sm90/forward_fp8.cuh: the same bits as jax_flash/fp8.py.
+// Query, key and value to 8 bits for sm90/forward_fp8.cuh: the same bits as jax_flash/fp8.py. The value becomes e4m3,
+// query and key e4m3 or int8.
 //
 //   q, k  rotated (random signs, then the Hadamard butterflies of width 1, 2, 4, ...), divided by the scale of their
 //   block v     divided by its scale, stored [heads, keys / 16, head, 16] with the 16 keys in the order of the
 //   registers of P
 //
-// A scale is a power of two for kScaleBlock tokens of a head. Grid: one block of kThreads for kBlocksPerChunk scale
-// blocks of one head of one array, heads innermost: blocks side by side read and write whole rows. A scale block has
-// kHead threads; a thread holds 32 values of one token, kLanes threads next to each other hold a token: 8 values, then
-// 8 of the next lane's, ... So a butterfly is between registers (widths 1, 2, 4 and the largest two) or between lanes.
-// Everything is read and written once.
+// A scale is for kScaleBlock tokens of a head: a power of two, for int8 the largest magnitude / 127. Grid: one block of
+// kThreads for kBlocksPerChunk scale blocks of one head of one array, heads innermost: blocks side by side read and
+// write whole rows. A scale block has kHead threads; a thread holds 32 values of one token, kLanes threads next to each
+// other hold a token: 8 values, then 8 of the next lane's, ... So a butterfly is between registers (widths 1, 2, 4 and
+// the largest two) or between lanes. Everything is read and written once.
 #include "pieces/math.cuh"
 #include "support/quantize.h"
 
@@ -16,11 +17,12 @@ namespace jf {
 
 constexpr int kThreads = 256;
 constexpr int kHead = kTiles.head;
-constexpr int kLanes = kHead / 32;                 // of a token
-constexpr int kBlocksPerChunk = kThreads / kHead;  // scale blocks of a thread block
-constexpr int kRuns = 4;                           // of 8 values, in a thread
-constexpr int kPadded = kHead + 8;                 // bytes of a row of values in shared memory: banks differ
-constexpr int kLeastExponent = -50;
+constexpr int kLanes = kHead / 32;                      // of a token
+constexpr int kBlocksPerChunk = kThreads / kHead;       // scale blocks of a thread block
+constexpr int kRuns = 4;                                // of 8 values, in a thread
+constexpr int kPadded = kHead + 8;                      // bytes of a row of values in shared memory: banks differ
+constexpr int kLeastExponent = -50;                     // of a scale of e4m3
+constexpr float kLeastOfIntegers = 1.f / (1ull << 43);  // magnitude that a scale of int8 is for
 static_assert(kBlocksPerChunk >= 1 && kHead >= 64);
 
 // Bit d: the rotation turns the sign of column d.
@@ -78,6 +80,31 @@ JF_DEVICE void rotate(float (&x)[8 * kRuns], const Place& at) {
   }
 }
 
+template <DType kTo>
+JF_DEVICE u32 pack8(float a, float b, float c, float d) {
+  return kTo == DType::kInt8 ? pack_int8(a, b, c, d) : pack_e4m3(a, b, c, d);
+}
+
+// Of a block, from its largest magnitude: what its values are multiplied by, and what takes that back.
+struct Scale {
+  float inverse, scale;
+};
+
+template <DType kTo>
+JF_DEVICE Scale scale_of(float largest) {
+  if constexpr (kTo == DType::kInt8) {
+    largest = fmaxf(largest, kLeastOfIntegers);
+    // 127 / largest from the first 16 bits of it, without a division that is rounded elsewhere than in
+    // jax_flash/fp8.py.
+    const u32 bits = __float_as_int(largest), digits = (bits & 0x7fffff | 0x800000) >> 8;
+    const float power = __int_as_float((244 - (bits >> 23)) << 23);
+    return {static_cast<float>((127u << 25) / digits) * power, largest * (1.f / 127.f)};
+  }
+  // The least power of two that takes the largest value to at most 448 = 1.75 * 2^8.
+  const int exponent = largest == 0.f ? 0 : max(((__float_as_int(largest) + 0x1fffff) >> 23) - 135, kLeastExponent);
+  return {__int_as_float((127 - exponent) << 23), __int_as_float((127 + exponent) << 23)};
+}
+
 // What this thread block does.
 struct Chunk {
   int entry, head, block0;  // first scale block
@@ -89,8 +116,9 @@ JF_DEVICE Chunk chunk_of(const QuantizeArray& array, int index) {
 }
 
 // kSize: of a head, as it comes. kRotate: query and key. kTranspose: value. kGrowth: what the scales are divided by.
-template <int kSize, bool kRotate, int kGrowth, bool kTranspose, bool kLengths>
+template <int kSize, DType kTo, bool kRotate, int kGrowth, bool kTranspose, bool kLengths>
 JF_DEVICE void quantize(const QuantizeArray& array, int index) {
+  constexpr bool kIntegers = kTo == DType::kInt8;
   __shared__ float largest_of_warp[kThreads / 32];
   alignas(16) __shared__ unsigned char values[kTranspose ? kBlocksPerChunk * kScaleBlock * kPadded : 1];
   const Chunk chunk = chunk_of(array, index);
@@ -132,25 +160,37 @@ JF_DEVICE void quantize(const QuantizeArray& array, int index) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2)
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+  u32 nan_lanes = 0;       // of the warp
+  bool nan_block = false;  // whether the scale block has any
+  if constexpr (kIntegers) {
+    bool nan = false;
+#pragma unroll
+    for (int i = 0; i < 8 * kRuns; i++) nan |= x[i] != x[i];
+    nan_lanes = __ballot_sync(~0u, nan);
+    if (nan_lanes != 0) largest = -largest;  // the sign tells the other warps
+  }
   if (thread % 32 == 0) largest_of_warp[thread / 32] = largest;
   __syncthreads();
 #pragma unroll
-  for (int warp = 0; warp < kHead / 32; warp++)
-    largest = fmaxf(largest, largest_of_warp[at.block * (kHead / 32) + warp]);
-  // The least power of two that takes the largest value to at most 448 = 1.75 * 2^8.
-  const int exponent = largest == 0.f ? 0 : max(((__float_as_int(largest) + 0x1fffff) >> 23) - 135, kLeastExponent);
-  const float inverse = __int_as_float((127 - exponent) << 23);
+  for (int warp = 0; warp < kHead / 32; warp++) {
+    const float of_warp = largest_of_warp[at.block * (kHead / 32) + warp];
+    nan_block |= kIntegers && __float_as_int(of_warp) < 0;
+    largest = fmaxf(largest, kIntegers ? fabsf(of_warp) : of_warp);
+  }
+  const auto [inverse, scale] = scale_of<kTo>(largest);
 
   const int blocks = (array.length + kScaleBlock - 1) / kScaleBlock, block = chunk.block0 + at.block;
   const long long head = static_cast<long long>(chunk.entry) * array.heads + chunk.head;
   if (thread % kHead == 0 && block < blocks) {
-    array.scales[head * blocks + block] = __int_as_float((127 + exponent) << 23) / kGrowth;
+    array.scales[head * blocks + block] = (nan_block ? -scale : scale) / kGrowth;
   }
 #pragma unroll
   for (int run = 0; run < kRuns; run++) {
     const float* y = &x[8 * run];
-    const uint2 packed{pack_e4m3(y[0] * inverse, y[1] * inverse, y[2] * inverse, y[3] * inverse),
-                       pack_e4m3(y[4] * inverse, y[5] * inverse, y[6] * inverse, y[7] * inverse)};
+    uint2 packed{pack8<kTo>(y[0] * inverse, y[1] * inverse, y[2] * inverse, y[3] * inverse),
+                 pack8<kTo>(y[4] * inverse, y[5] * inverse, y[6] * inverse, y[7] * inverse)};
+    if (nan_lanes >> thread % 32 / kLanes * kLanes & (1u << kLanes) - 1)
+      packed = {kNaNByte * 0x01010101u, kNaNByte * 0x01010101u};
     if constexpr (kTranspose) {
       *reinterpret_cast<uint2*>(&values[(at.block * kScaleBlock + at.token) * kPadded + at.column(run)]) = packed;
     } else if (token < array.length) {
@@ -193,10 +233,10 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads) quantize(const __grid
   constexpr int kGrowth = kTiles.rotate ? kSpec.head_dim & -kSpec.head_dim : 1;
   const int index = blockIdx.x, q = chunks_of(args.q), k = chunks_of(args.k);
   if (index < q) {
-    quantize<kSpec.head_dim, kTiles.rotate, 1, false, kSpec.q_lengths>(args.q, index);
+    quantize<kSpec.head_dim, kTiles.scores, kTiles.rotate, 1, false, kSpec.q_lengths>(args.q, index);
   } else if (index < q + k) {
-    quantize<kSpec.head_dim, kTiles.rotate, kGrowth, false, kSpec.kv_lengths>(args.k, index - q);
+    quantize<kSpec.head_dim, kTiles.scores, kTiles.rotate, kGrowth, false, kSpec.kv_lengths>(args.k, index - q);
   } else {
-    quantize<kSpec.value_dim, false, 1, true, kSpec.kv_lengths>(args.v, index - q - k);
+    quantize<kSpec.value_dim, DType::kE4M3, false, 1, true, kSpec.kv_lengths>(args.v, index - q - k);
   }
 }

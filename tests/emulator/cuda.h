@@ -116,13 +116,15 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int bits) {
   return emulated_shuffle("__shfl_xor_sync", mask, x, (threadIdx.x % 32) ^ bits);
 }
-inline bool __any_sync(unsigned mask, bool x) {
-  if (mask != ~0u) emulator::fail("__any_sync of a part of a warp");
-  bool any = x;
-  emulator::collective("__any_sync", &any, [](void* const* lanes) {
-    bool all = false;
-    for (int i = 0; i < 32; i++) all |= *static_cast<bool*>(lanes[i]);
-    for (int i = 0; i < 32; i++) *static_cast<bool*>(lanes[i]) = all;
+inline unsigned emulated_ballot(const char* name, unsigned mask, bool x) {
+  if (mask != ~0u) emulator::fail("%s of a part of a warp", name);
+  unsigned bits = x;
+  emulator::collective(name, &bits, [](void* const* lanes) {
+    unsigned all = 0;
+    for (int i = 0; i < 32; i++) all |= *static_cast<unsigned*>(lanes[i]) << i;
+    for (int i = 0; i < 32; i++) *static_cast<unsigned*>(lanes[i]) = all;
   });
-  return any;
+  return bits;
 }
+inline unsigned __ballot_sync(unsigned mask, bool x) { return emulated_ballot("__ballot_sync", mask, x); }
+inline bool __any_sync(unsigned mask, bool x) { return emulated_ballot("__any_sync", mask, x) != 0; }

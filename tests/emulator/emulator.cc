@@ -307,7 +307,7 @@ struct Operand {
   }
 };
 
-constexpr int kF16 = 1, kBF16 = 2, kF32 = 3, kE4M3 = 4;  // as jf::DType
+constexpr int kF16 = 1, kBF16 = 2, kF32 = 3, kE4M3 = 4, kInt8 = 5;  // as jf::DType
 
 float E4m3ToFloat(unsigned char bits) {
   const int exponent = bits >> 3 & 15, mantissa = bits & 7;
@@ -337,7 +337,7 @@ struct WarpProduct {
 
   void operator()() const {
     const Product& any = lanes[0];
-    const int bytes = any.dtype == kE4M3 ? 1 : 2, k_size = 32 / bytes, pack = 4 / bytes;
+    const int bytes = any.dtype == kE4M3 || any.dtype == kInt8 ? 1 : 2, k_size = 32 / bytes, pack = 4 / bytes;
     float a[16][32];
     if (any.a) {
       for (int lane = 0; lane < 32; lane++) {
@@ -367,8 +367,12 @@ struct WarpProduct {
       for (int row = 0; row < 16; row++) {
         float sum = 0.f;
         for (int k = 0; k < k_size; k++) sum += a[row][k] * b[k];
-        float& d = lanes[row % 8 * 4 + column % 8 / 2].d[column / 8 * 4 + row / 8 * 2 + column % 2];
-        d = any.accumulate ? d + sum : sum;
+        const auto add = [&](auto* d) {
+          d += column / 8 * 4 + row / 8 * 2 + column % 2;
+          *d = any.accumulate ? *d + sum : sum;
+        };
+        void* d = lanes[row % 8 * 4 + column % 8 / 2].d;
+        any.dtype == kInt8 ? add(static_cast<int*>(d)) : add(static_cast<float*>(d));
       }
     }
   }
@@ -548,6 +552,7 @@ float to_float(int dtype, const void* element) {
     }();
     return (*table)[*static_cast<const unsigned char*>(element)];
   }
+  if (dtype == kInt8) return *static_cast<const int8_t*>(element);
   std::memcpy(&half, element, 2);
   if (dtype == kBF16) {
     const uint32_t word = uint32_t(half) << 16;
@@ -577,6 +582,13 @@ uint32_t pack16(int dtype, float low, float high) {
 
 uint32_t pack_e4m3(float a, float b, float c, float d) {
   return FloatToE4m3(a) | FloatToE4m3(b) << 8 | FloatToE4m3(c) << 16 | uint32_t(FloatToE4m3(d)) << 24;
+}
+
+uint32_t pack_int8(float a, float b, float c, float d) {
+  const auto round = [](float x) -> uint32_t {
+    return std::isnan(x) ? 0 : static_cast<int>(std::clamp(std::nearbyint(x), -128.f, 127.f)) & 255;
+  };
+  return round(a) | round(b) << 8 | round(c) << 16 | round(d) << 24;
 }
 
 void wgmma(Product product) {

@@ -55,10 +55,11 @@ void tensor_store(const void* map, uint32_t from, const int (&at)[4]);
 float to_float(int dtype, const void* element);
 uint32_t pack16(int dtype, float low, float high);
 uint32_t pack_e4m3(float a, float b, float c, float d);
+uint32_t pack_int8(float a, float b, float c, float d);
 
 // wgmma: D (+)= A B. a: registers, or null for A by descriptor.
 struct Product {
-  float* d;
+  void* d;  // float, or int for int8
   const uint32_t* a;
   uint64_t descriptor_a, descriptor_b;
   int dtype, columns;

@@ -21,6 +21,7 @@ JF_DEVICE u32 pack(float low, float high) {
 }
 JF_DEVICE float half_to_float(unsigned short bits) { return emulator::to_float(static_cast<int>(DType::kF16), &bits); }
 JF_DEVICE u32 pack_e4m3(float a, float b, float c, float d) { return emulator::pack_e4m3(a, b, c, d); }
+JF_DEVICE u32 pack_int8(float a, float b, float c, float d) { return emulator::pack_int8(a, b, c, d); }
 
 JF_DEVICE u32 clamp_bf16x2(u32 pair, u32 low, u32 high) {
   const auto clamp = [](u32 x, u32 low, u32 high) {

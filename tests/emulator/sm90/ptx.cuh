@@ -95,8 +95,8 @@ JF_DEVICE float add_ordered(float a, float b) { return a + b; }
 JF_DEVICE float exp2_ordered(float x) { return exp2_fast(x); }
 JF_DEVICE u32 pack_e4m3_ordered(const float* x) { return pack_e4m3(x[0], x[1], x[2], x[3]); }
 
-template <DType kType, bool kTransposeA = false, bool kTransposeB = false, int N>
-JF_DEVICE void wgmma(float (&d)[N], u64 a, u64 b, bool accumulate) {
+template <DType kType, bool kTransposeA = false, bool kTransposeB = false, class Sum, int N>
+JF_DEVICE void wgmma(Sum (&d)[N], u64 a, u64 b, bool accumulate) {
   emulator::wgmma({d, nullptr, a, b, static_cast<int>(kType), 2 * N, accumulate, kTransposeA, kTransposeB});
 }
 template <DType kType, bool kTransposeB = false, int N>
