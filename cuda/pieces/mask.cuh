@@ -111,17 +111,12 @@ JF_DEVICE CallBand band_of(const Problem& p, const Features& f, int b) {
 
 template <bool kTransposed, int N>
 JF_DEVICE void hide_outside_band(float (&s)[N], const Fragment<kTransposed>& at, const CallBand& band) {
-  Range visible[2];  // among the columns from the thread's first on
+  Range visible[2];
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    visible[r] = kTransposed ? band.queries_of(at.row[r]) : band.keys_of(at.row[r]);
-    visible[r] = {visible[r].begin - at.column, visible[r].end - at.column};
-  }
-  constexpr bool kFromZero = !kTransposed && !kSpec.window_left;
+  for (int r = 0; r < 2; r++) visible[r] = kTransposed ? band.queries_of(at.row[r]) : band.keys_of(at.row[r]);
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    const Range& range = visible[fragment_row(i)];
-    if ((!kFromZero && fragment_column(i) < range.begin) || fragment_column(i) >= range.end) s[i] = -infinity();
+    if (!visible[fragment_row(i)].contains(at.column_of(i))) s[i] = -infinity();
   }
 }
 
