@@ -74,6 +74,15 @@ def check_fp8(size: int, scores: str) -> None:
     test_fp8.check_kernel(test_fp8.qkv(t=200, s=300, size=size), Fp8(scores=scores), causal=True)
 
 
+def check_fp8_of_rows_without_keys() -> None:
+    import test_fp8
+
+    from jax_flash import Fp8
+
+    for _ in range(12):  # in other orders of the threads
+        test_fp8.check_kernel(test_fp8.qkv(batch=3, t=257, s=2, heads=8), Fp8(), causal=True, window=(1, None))
+
+
 def check_fp8_nan() -> None:
     import test_fp8
 
@@ -90,6 +99,7 @@ RUNS |= {
     for scores in ("e4m3", "int8")
 }
 RUNS["FP8, int8, NaN"] = 90, check_fp8_nan
+RUNS["FP8, rows without keys"] = 90, check_fp8_of_rows_without_keys
 
 
 def process(*arguments) -> ProcessPoolExecutor:

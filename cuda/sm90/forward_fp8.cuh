@@ -265,6 +265,12 @@ struct Fp8Softmax {
   }
 };
 
+// For the producer's warp: no lane still waits for a phase when the leader lets the next one come.
+JF_DEVICE void wait_together(u32 barrier, u32 parity) {
+  barrier_wait(barrier, parity);
+  __syncwarp();
+}
+
 // Loads of every item this block takes, and the taking of items: one warp.
 JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
   const Problem& p = args.problem;
@@ -277,7 +283,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
     const int k_entry = p.k_batch(item.batch), v_entry = p.v_batch(item.batch);
     const float* k_scales = scales_of(args.k_scale, k_entry, p.kv_heads, item.kv_head, blocks);
     const float* v_scales = scales_of(args.v_scale, v_entry, p.kv_heads, item.kv_head, blocks);
-    barrier_wait(shared_address(&shared.q_free), at.item() ^ 1);
+    wait_together(shared_address(&shared.q_free), at.item() ^ 1);
     if (leads) {
       barrier_arrive_expect(q_full, kQueries * kHead);
 #pragma unroll
@@ -311,8 +317,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
     }
     if (leads) index = atomicAdd(args.counter, 1) + gridDim.x;
     index = __shfl_sync(~0u, index, 0);
-    barrier_wait(shared_address(&shared.item_free), at.item() ^ 1);
-    __syncwarp();  // no lane still waits for this phase when the leader lets the next one come
+    wait_together(shared_address(&shared.item_free), at.item() ^ 1);
     if (leads) {
       shared.items[at.item() ^ 1] = index;
       barrier_arrive(shared_address(&shared.item_full));
