@@ -10,7 +10,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 JF_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 JF_DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 
-// 2^x for x <= 0 on the FMA units, relative error under 1e-4: below the rounding of a bf16 probability.
+// 2^x for x below 127 on the FMA units, relative error under 1e-4: below the rounding of a bf16 probability.
 JF_DEVICE float exp2_software(float x) {
   x = fmaxf(x, -127.f);
   const float shifted = x + 12582912.f;  // 1.5 * 2^23: the integer nearest to x stands in the low bits

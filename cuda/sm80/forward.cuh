@@ -88,7 +88,7 @@ JF_DEVICE long long place_of(const Work& work, const Problem& p, int row) {
 // Normalises and stores this warp's rows; those past the end are zeros with an lse of -inf. What the block computes is
 // worked out again, so that it need not stay in registers over the main loop.
 JF_DEVICE void store(const Sm80ForwardArgs& args, const Softmax (&softmax)[kBlocks],
-                     const float (&o)[kBlocks][kValueSteps * 8], float unit, int warp_row) {
+                     const float (&o)[kBlocks][kValueSteps * 8], int warp_row) {
   const u32 shared_q = shared_address(dynamic_shared);
   const Problem& problem = args.problem;
   const Work work = work_of(args, afresh(blockIdx.x));
@@ -248,5 +248,5 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
     }
     multiply<kSpec.dtype, kKeys / 16>(o, rounded<kSpec.dtype>(s), OperandB<VTile, true>(afresh(shared_v), 0));
   }
-  store(args, softmax, o, score.unit, warp_row);
+  store(args, softmax, o, warp_row);
 }
