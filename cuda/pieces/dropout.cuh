@@ -5,27 +5,32 @@
 
 namespace jf {
 
-constexpr JF_HOST_DEVICE unsigned mix_bits(unsigned x) {
+// mix_bits but for its last step.
+constexpr JF_HOST_DEVICE unsigned stir_bits(unsigned x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
   x ^= x >> 15;
-  x *= 0x846ca68bu;
+  return x * 0x846ca68bu;
+}
+constexpr JF_HOST_DEVICE unsigned mix_bits(unsigned x) {
+  x = stir_bits(x);
   return x ^ (x >> 16);
 }
 
 // One (batch entry, head).
 struct Dropout {
   unsigned base;
-  unsigned threshold;
-  float scale;  // of a kept probability
+  unsigned last;  // a pair is kept if its 16 bits, with whatever 16 bits below them, are at most this
+  float scale;    // of a kept probability
 
   constexpr JF_HOST_DEVICE unsigned row(int query) const { return mix_bits(base + static_cast<unsigned>(query)); }
+  // Keys 2 * pair and 2 * pair + 1 take the low and the high half of mix_bits, whose last step changes the low half
+  // only. fold: 2^16 for the even key, 0 for the odd one.
+  constexpr JF_HOST_DEVICE bool keeps(unsigned word, unsigned fold) const { return (word ^ word * fold) <= last; }
 };
 
-// Keys 2 * pair and 2 * pair + 1 take the low and the high half.
-constexpr JF_HOST_DEVICE unsigned dropout_word(unsigned row, int pair) {
-  return mix_bits(row + static_cast<unsigned>(pair) * 0x9E3779B1u);
-}
+// A pair's word is stir_bits(row + dropout_step(pair)).
+constexpr JF_HOST_DEVICE unsigned dropout_step(int pair) { return static_cast<unsigned>(pair) * 0x9E3779B1u; }
 
 constexpr JF_HOST_DEVICE unsigned dropout_base(unsigned seed0, unsigned seed1, int batch, int head) {
   return mix_bits(mix_bits(mix_bits(seed0) + seed1) + static_cast<unsigned>(batch) * 0x9E3779B1u +
@@ -34,8 +39,8 @@ constexpr JF_HOST_DEVICE unsigned dropout_base(unsigned seed0, unsigned seed1, i
 
 JF_DEVICE Dropout dropout_of(const Problem& p, const Features& f, int b, int head) {
   const unsigned* seed = row_of<unsigned>(f.dropout_seed, b, 2);
-  return {dropout_base(seed[0], seed[1], *row_of<int>(f.dropout_batch, b), f.dropout_head[head]), p.dropout_threshold,
-          p.dropout_scale};
+  return {dropout_base(seed[0], seed[1], *row_of<int>(f.dropout_batch, b), f.dropout_head[head]),
+          (p.dropout_threshold << 16) - 1, p.dropout_scale};
 }
 
 // Calls keep(i, kept) for each register of a fragment. A fragment's first column is even, so that columns come in the
@@ -43,18 +48,23 @@ JF_DEVICE Dropout dropout_of(const Problem& p, const Features& f, int b, int hea
 template <int N, bool kTransposed, class Keep>
 JF_DEVICE void for_each_kept(const Dropout& dropout, const Fragment<kTransposed>& at, Keep keep) {
   if constexpr (kTransposed) {
+    unsigned step[2], fold[2];  // of the two keys
+#pragma unroll
+    for (int r = 0; r < 2; r++) step[r] = dropout_step(at.row[r] >> 1), fold[r] = at.row[r] & 1 ? 0 : 1 << 16;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const unsigned word = dropout_word(dropout.row(at.query(i)), at.key(i) >> 1);
-      keep(i, (at.key(i) & 1 ? word >> 16 : word & 0xffffu) < dropout.threshold);
+      const unsigned word = stir_bits(dropout.row(at.query(i)) + step[fragment_row(i)]);
+      keep(i, dropout.keeps(word, fold[fragment_row(i)]));
     }
   } else {
-    const unsigned row[2] = {dropout.row(at.row[0]), dropout.row(at.row[1])};
+    unsigned first[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) first[r] = dropout.row(at.row[r]) + dropout_step(at.column >> 1);
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
-      const unsigned word = dropout_word(row[fragment_row(i)], at.column_of(i) >> 1);
-      keep(i, (word & 0xffffu) < dropout.threshold);
-      keep(i + 1, (word >> 16) < dropout.threshold);
+      const unsigned word = stir_bits(first[fragment_row(i)] + dropout_step(fragment_column(i) / 2));
+      keep(i, dropout.keeps(word, 1 << 16));
+      keep(i + 1, dropout.keeps(word, 0));
     }
   }
 }

@@ -470,6 +470,8 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     float rescale[2];
     Plane mask;
     if constexpr (kSpec.mask) mask = plane_of<1>(problem, args.features.mask, work->batch, work->head);
+    Dropout dropout;
+    if constexpr (kSpec.dropout) dropout = dropout_of(problem, args.features, work->batch, work->head);
 
     const auto fragment = [&](int n) {
       Fragment<false> at = warp_fragment<false>(work->row0 + warp_row, n * kKeys);
@@ -520,8 +522,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     const auto drop = [&](int n) {
       if constexpr (kSpec.dropout) {
         const Fragment<false> at = warp_fragment<false>(work->row0 + warp_row, n * kKeys);
-        for_each_kept<kKeys / 2>(dropout_of(problem, args.features, work->batch, work->head), at,
-                                 [&](int i, bool kept) { s[i] = kept ? s[i] : 0.f; });
+        for_each_kept<kKeys / 2>(dropout, at, [&](int i, bool kept) { s[i] = kept ? s[i] : 0.f; });
       }
     };
     const auto round_probabilities = [&] {
