@@ -74,6 +74,69 @@ JF_DEVICE void cap_scores(float (&s)[N], float (&derivative)[M], const Score& sc
   }
 }
 
+// A softcap as part of the softmax (softmax.cuh), where nothing is added to the capped scores: the exponents of raw
+// scores by three FMAs and a product each, unless one of those that a warp looks at together is far from zero. -inf is
+// a hidden pair.
+template <int kScoresAtOnce>
+struct CappedLogits {
+  static constexpr int kAtOnce = kScoresAtOnce;
+  static constexpr float kNear = 0.25f;  // of the cap: the relative error of a logit is under 5e-7
+  const Problem& problem;
+  float near_square;  // of raw scores
+  float linear, cubic, quintic;
+
+  explicit JF_DEVICE CappedLogits(const Problem& p) : problem(p) {
+    const float cap_in = p.scale / p.softcap, square = cap_in * cap_in;
+    near_square = kNear * kNear / square;
+    linear = 0.999999604f * kLog2E * p.scale;
+    cubic = -0.333219082f * kLog2E * p.scale * square;
+    quintic = 0.128416129f * kLog2E * p.scale * square * square;
+  }
+
+  JF_DEVICE float near(float score, float square, float top) const {
+    return fmaf(score, fmaf(fmaf(quintic, square, cubic), square, linear), -top);
+  }
+  struct Far {
+    float cap_in, cap_log2;
+
+    // No registers wait for this: few scores are far.
+    explicit JF_DEVICE Far(const Problem& problem) {
+      const float softcap = afresh(problem.softcap);
+      cap_in = problem.scale * reciprocal(softcap);
+      cap_log2 = softcap * kLog2E;
+    }
+    JF_DEVICE float operator()(float score, float top) const {
+      return score == -infinity() ? score : fmaf(tanh_exact(score * cap_in), cap_log2, -top);
+    }
+  };
+  JF_DEVICE float logit(float score) const {
+    const float square = score * score;
+    return square <= near_square ? near(score, square, 0.f) : Far(problem)(score, 0.f);
+  }
+
+  template <int kBegin, int kEnd, int N>
+  JF_DEVICE void exponents(float (&s)[N], const float (&top)[2]) const {
+    float exponent[kEnd - kBegin];
+    int largest = 0;  // square, or NaN, as integers of the same bits
+#pragma unroll
+    for (int i = kBegin; i < kEnd; i += 2) {
+      const float square[2] = {s[i] * s[i], s[i + 1] * s[i + 1]};
+      largest = __vimax3_s32(largest, __float_as_int(square[0]), __float_as_int(square[1]));
+#pragma unroll
+      for (int c = 0; c < 2; c++) exponent[i + c - kBegin] = near(s[i + c], square[c], top[fragment_row(i)]);
+    }
+    if (__any_sync(~0u, largest > __float_as_int(near_square))) {
+      const Far far(problem);
+#pragma unroll
+      for (int i = kBegin; i < kEnd; i++) {
+        if (!(s[i] * s[i] <= near_square)) exponent[i - kBegin] = far(s[i], top[fragment_row(i)]);
+      }
+    }
+#pragma unroll
+    for (int i = kBegin; i < kEnd; i++) s[i] = exponent[i - kBegin];
+  }
+};
+
 JF_DEVICE float bias_value(unsigned short bits) { return to_float<kSpec.bias_dtype>(bits); }
 JF_DEVICE float bias_value(u32 bits) { return __int_as_float(bits); }
 

@@ -1,6 +1,9 @@
 // Online softmax over the key tiles of a query tile, on accumulator fragments whose rows are queries.
 //
-//   p[j] = 2^(unit * s[j] - top),  top near the running row maximum of unit * s,  sum += p
+//   p[j] = 2^(logit(s[j]) - top),  top near the running row maximum of the logits,  sum += p
+//
+// The logits, in log2 units, are a product with a number (Linear), or whatever else rises with the score and has the
+// same members (CappedLogits in score.cuh).
 //
 // The top of a row is the maximum of the first tile in which it sees a key, and is left behind until a score exceeds it
 // by more than 8: p stays below 2^8, which fp32 sums, f16 and bf16 hold, and the final division makes it exact. Whether
@@ -18,6 +21,19 @@ JF_DEVICE float exp2_shared(float x, int i) {
   return (i * kSoftware) % 16 < kSoftware ? exp2_software(x) : exp2_fast(x);
 }
 
+struct Linear {
+  static constexpr int kAtOnce = 256;  // scores that exponents() is for, at most
+  float unit;
+
+  JF_DEVICE float logit(float score) const { return score * unit; }
+  // Scores kBegin to kEnd become logits less their row's top.
+  template <int kBegin, int kEnd, int N>
+  JF_DEVICE void exponents(float (&s)[N], const float (&top)[2]) const {
+#pragma unroll
+    for (int i = kBegin; i < kEnd; i++) s[i] = fmaf(s[i], unit, -top[fragment_row(i)]);
+  }
+};
+
 // kStartsEmpty: a row may see no key of the first tile.
 template <bool kStartsEmpty, int kSoftware = 0>
 struct OnlineSoftmax {
@@ -33,14 +49,12 @@ struct OnlineSoftmax {
 
   // Scores become probabilities in place. Returns whether the output must be multiplied by `rescale`. kFirst: nothing
   // was accumulated yet.
-  template <bool kFirst, int N>
-  JF_DEVICE bool step(float (&s)[N], float (&rescale)[2], float unit) {
+  template <bool kFirst, class Logits, int N>
+  JF_DEVICE bool step(float (&s)[N], float (&rescale)[2], const Logits& logits) {
     if constexpr (kFirst) reset();
-    if (kFirst || (kStartsEmpty && some_unseen)) begin<kFirst>(s, unit);
+    if (kFirst || (kStartsEmpty && some_unseen)) begin<kFirst>(s, logits);
     rescale[0] = rescale[1] = 1.f;
-    constexpr int kLead = N < 16 ? N : 16;  // whose exponentials run under the search of the others
-    const bool early = part<kFirst, 0, kLead>(s, rescale, unit), late = part<kFirst, kLead, N>(s, rescale, unit);
-    return early || late;
+    return parts<kFirst, 0>(s, rescale, logits);
   }
 
   // The factor that normalises the output of row r, and the row's natural lse. `sink` (natural units) joins the
@@ -73,8 +87,8 @@ struct OnlineSoftmax {
   }
 
   // The tops of the rows that have seen no key.
-  template <bool kFirst, int N>
-  JF_DEVICE void begin(const float (&s)[N], float unit) {
+  template <bool kFirst, class Logits, int N>
+  JF_DEVICE void begin(const float (&s)[N], const Logits& logits) {
     float highest[2];
     row_maxima<0, N>(s, highest);
     bool unseen = false;
@@ -82,17 +96,30 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; r++) {
       if (!kFirst && row_sum(sum[r]) != 0.f) continue;
       const bool none = highest[r] == -infinity();
-      top[r] = none ? 0.f : highest[r] * unit;
+      top[r] = none ? 0.f : logits.logit(highest[r]);
       unseen |= none;
     }
     if constexpr (kStartsEmpty) some_unseen = __any_sync(~0u, unseen);
   }
 
+  // `step` of the scores from kBegin on, in parts: the exponentials of one run under the search of the next.
+  template <bool kFirst, int kBegin, class Logits, int N>
+  JF_DEVICE bool parts(float (&s)[N], float (&rescale)[2], const Logits& logits) {
+    constexpr int kLead = Logits::kAtOnce < 16 ? Logits::kAtOnce : 16, kCount = kBegin == 0 ? kLead : Logits::kAtOnce;
+    constexpr int kEnd = kBegin + kCount < N ? kBegin + kCount : N;
+    const bool grown = part<kFirst, kBegin, kEnd>(s, rescale, logits);
+    if constexpr (kEnd == N) {
+      return grown;
+    } else {
+      const bool later = parts<kFirst, kEnd>(s, rescale, logits);
+      return grown || later;
+    }
+  }
+
   // `step` of scores kBegin to kEnd; those before are probabilities.
-  template <bool kFirst, int kBegin, int kEnd, int N>
-  JF_DEVICE bool part(float (&s)[N], float (&rescale)[2], float unit) {
-#pragma unroll
-    for (int i = kBegin; i < kEnd; i++) s[i] = fmaf(s[i], unit, -top[fragment_row(i)]);
+  template <bool kFirst, int kBegin, int kEnd, class Logits, int N>
+  JF_DEVICE bool part(float (&s)[N], float (&rescale)[2], const Logits& logits) {
+    logits.template exponents<kBegin, kEnd>(s, top);
     bool grown = false;
     if constexpr (!kFirst) {
       grown = __any_sync(~0u, highest_bits<kBegin, kEnd>(s) > __float_as_int(kThreshold));

@@ -237,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads)
       if constexpr (kSpec.mask) hide_masked(s[m], at, problem, args.features, work.batch, work.head);
       if (!inside) mask(s[m], at);
       float rescale[2];
-      if (softmax[m].step<false>(s[m], rescale, score.unit)) {
+      if (softmax[m].step<false>(s[m], rescale, Linear{score.unit})) {
 #pragma unroll
         for (int i = 0; i < kValueSteps * 8; i++) o[m][i] *= rescale[fragment_row(i)];
       }

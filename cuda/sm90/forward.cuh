@@ -368,6 +368,7 @@ JF_DEVICE void write(const Sm90ForwardArgs& args, const Work& work, int warp_row
   }
 }
 
+constexpr bool kCapsInSoftmax = kSpec.softcap && !kSpec.alibi && !kSpec.bias();
 constexpr bool kRoomy = kHeadAtoms < 4 && kValueAtoms < 4;  // O leaves registers
 
 struct TileIds {
@@ -491,10 +492,17 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       if constexpr (kSpec.segment_ids && kRoomy) fetched.ids = fetch_ids(n);
       return fetched;
     };
-    const auto logits = [&](int n,
-                            const Fetched& fetched) {  // raw scores of key tile n become logits, -inf where masked
+    const auto logits = [&] {
+      if constexpr (kCapsInSoftmax) {
+        return CappedLogits<kKeys == 128 ? 16 : 8>(problem);  // fewer where registers are scarce
+      } else {
+        return Linear{score.unit};
+      }
+    }();
+    // Raw scores of key tile n become what `logits` takes, -inf where masked.
+    const auto transform = [&](int n, const Fetched& fetched) {
       float none[1];
-      transform_unbiased<false>(s, none, fragment(n), score);
+      if constexpr (!kCapsInSoftmax) transform_unbiased<false>(s, none, fragment(n), score);
 #pragma unroll
       for (int i = 0; i < kKeys / 2; i += 2) {
         if constexpr (kSpec.bias()) add_bias(s, i, fetched.bias.words[i / 2]);
@@ -533,14 +541,14 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     int n = keys.end - 1;
     release(shared.k_free, ring.slot);
     if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring().slot);
-    logits(n, fetch(n));
+    transform(n, fetch(n));
     // Keys of the second half of the diagonal's tile that no row of the group sees cost no exponentials.
     if (kDiagonal && uniform(seen_by_group(*work).end) <= n * kKeys + kKeys / 2) {
-      softmax.template step<true>(reinterpret_cast<float (&)[kKeys / 4]>(s), rescale, score.unit);
+      softmax.template step<true>(reinterpret_cast<float (&)[kKeys / 4]>(s), rescale, logits);
 #pragma unroll
       for (int i = kKeys / 4; i < kKeys / 2; i++) s[i] = 0.f;
     } else {
-      softmax.template step<true>(s, rescale, score.unit);
+      softmax.template step<true>(s, rescale, logits);
     }
     pin(s);  // or ptxas finds no registers for both branches and serialises every wgmma
     drop(n);
@@ -569,8 +577,8 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       pin(s);
       release(shared.k_free, next.slot);
       if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring().slot);
-      logits(n, fetched);
-      const bool grown = softmax.template step<false>(s, rescale, score.unit);
+      transform(n, fetched);
+      const bool grown = softmax.template step<false>(s, rescale, logits);
       drop(n);
       pin(s);
       if (grown) {
