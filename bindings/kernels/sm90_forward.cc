@@ -23,14 +23,30 @@ int FeatureColumns(const Spec& spec, int head, bool slim) {
   return several + (tight && spec.bias()) + (slim && head <= 64 && (spec.softcap || spec.dropout));
 }
 
+// Whether TMA can bring the bias in tiles, as far as the call says: its strides are known at the launch only.
+bool BiasTiles(const Spec& spec) {
+  const bool alone = !spec.mask && !spec.segment_ids && !spec.softcap && !spec.alibi;
+  return (spec.bias_dtype == DType::kF16 || spec.bias_dtype == DType::kBF16) && alone &&
+         std::max(spec.head_dim, spec.value_dim) <= 128;
+}
+bool BiasTiles(const Dense& bias) {
+  constexpr int kStep = 8;  // elements in 16 bytes
+  return bias.k_stride == 1 && bias.q_stride > 0 && reinterpret_cast<uintptr_t>(bias.data) % 16 == 0 &&
+         bias.q_stride % kStep == 0 && bias.head_stride % kStep == 0 && bias.batch_stride % kStep == 0;
+}
+
 // Three consumer warpgroups where a row's registers allow it, else two.
-Sm90ForwardTiles ChooseTiles(const Call& call) {
+Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
   const Spec& spec = call.spec;
   const int head = std::max(spec.head_dim, spec.value_dim);
   const bool slim = !spec.bias() && !spec.mask && !spec.segment_ids;
   const int columns = FeatureColumns(spec, head, slim);
   const bool dynamic = Masks(spec) || spec.q_lengths || spec.kv_lengths;
-  Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, 0};
+  Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, 0, bias_tiles};
+  if (bias_tiles) {  // take no registers, but shared memory
+    if (head > 64) tiles.q_stages = 1;
+    return tiles;
+  }
   if (head <= 96) {
     if (slim) tiles.rows = 192;
     if (slim && spec.causal && head <= 64) tiles.stages = 3;  // groups drift apart at the diagonal
@@ -53,8 +69,9 @@ size_t SharedBytes(const Spec& spec, const Sm90ForwardTiles& tiles) {
   const size_t head = RoundUp(spec.head_dim, 64), value = RoundUp(spec.value_dim, 64);
   const bool staged = tiles.q_stages == 2 || tiles.q_registers;
   const size_t q = tiles.q_stages * head + (staged ? value : 0);
+  const size_t bias = tiles.bias_tiles ? tiles.stages * RoundUp(tiles.keys, 64) : 0;
   constexpr size_t kBarriersAndWork = 1024;
-  return 2 * (tiles.rows * q + tiles.stages * tiles.keys * (head + value)) + kBarriersAndWork;
+  return 2 * (tiles.rows * (q + bias) + tiles.stages * tiles.keys * (head + value)) + kBarriersAndWork;
 }
 
 std::string TilesText(const Sm90ForwardTiles& tiles) {
@@ -64,6 +81,7 @@ std::string TilesText(const Sm90ForwardTiles& tiles) {
   text +=
       number(tiles.rows) + number(tiles.keys) + number(tiles.stages) + number(tiles.q_stages) + flag(tiles.q_registers);
   text += number(tiles.packed) + flag(tiles.dynamic) + flag(tiles.ping_pong) + number(tiles.software_exp2);
+  text += flag(tiles.bias_tiles);
   return text + "};\n";
 }
 
@@ -96,8 +114,14 @@ Planned PlanSm90Forward(const Call& call) {
   if (all_tiles >= 1 << 30) return Refusal{"there are 2^30 tiles or more"};
 
   Plan plan{"sm90_forward"};
-  plan.kernels.push_back({"sm90/forward.cuh", "sm90_forward", VariantText(spec, TilesText(tiles)),
-                          128 * (1 + tiles.rows / 64), SharedBytes(spec, tiles)});
+  const auto add_kernel = [&](const Sm90ForwardTiles& tiles) {
+    plan.kernels.push_back({"sm90/forward.cuh", "sm90_forward", VariantText(spec, TilesText(tiles)),
+                            128 * (1 + tiles.rows / 64), SharedBytes(spec, tiles)});
+  };
+  add_kernel(tiles);
+  const bool may_tile_bias = BiasTiles(spec);  // the second kernel; tiles have the same rows
+  const Sm90ForwardTiles bias_tiles = ChooseTiles(call, true);
+  if (may_tile_bias) add_kernel(bias_tiles);
   const size_t counter = tiles.dynamic ? plan.AddScratch(sizeof(int)) : 0;
   const SegmentPass segments = AddSegmentPass(call, tiles.rows / tiles.packed, tiles.keys, true, false, &plan);
 
@@ -122,13 +146,27 @@ Planned PlanSm90Forward(const Call& call) {
       return EncodeTensorMap(HeadsTensor(data, spec.dtype, batch.mod, length, heads, size, {64, box_heads, box_rows, 1},
                                          Swizzle::k128Bytes));
     };
-    const auto keys = static_cast<uint32_t>(tiles.keys);
+    const Dense& bias = launch.features.bias;
+    const bool tile_bias = may_tile_bias && BiasTiles(bias);
+    const auto keys = static_cast<uint32_t>(tile_bias ? bias_tiles.keys : tiles.keys);
     Sm90ForwardArgs args{};
     args.q = map(buffers.q, problem.q_batch, problem.q_len, problem.q_heads, spec.head_dim, packed, rows / packed);
     args.k = map(buffers.k, problem.k_batch, problem.kv_len, problem.kv_heads, spec.head_dim, 1, keys);
     args.v = map(buffers.v, problem.v_batch, problem.kv_len, problem.kv_heads, spec.value_dim, 1, keys);
     args.out_map =
         map(buffers.out, {1, problem.batch}, problem.q_len, problem.q_heads, spec.value_dim, packed, 64 / packed);
+    if (tile_bias) {
+      // An axis of size 1 needs a stride that TMA takes.
+      const auto stride = [&](long long own) { return static_cast<uint64_t>(own != 0 ? own : bias.q_stride); };
+      const auto size = [](long long own, int full) { return static_cast<uint64_t>(own != 0 ? full : 1); };
+      args.bias = EncodeTensorMap({bias.data,
+                                   spec.bias_dtype,
+                                   {static_cast<uint64_t>(problem.kv_len), size(bias.head_stride, problem.q_heads),
+                                    static_cast<uint64_t>(problem.q_len), size(bias.batch_stride, bias.batch.mod)},
+                                   {stride(bias.head_stride), stride(bias.q_stride), stride(bias.batch_stride)},
+                                   {64, 1, rows, 1},
+                                   Swizzle::k128Bytes});
+    }
     args.problem = problem;
     args.features = launch.features;
     args.out = buffers.out;
@@ -140,7 +178,8 @@ Planned PlanSm90Forward(const Call& call) {
       args.counter = launch.Scratch<int>(counter);
       launch.Zero(args.counter, sizeof(int));
     }
-    launch.Run(0, {{static_cast<unsigned>(std::min<long long>(all_tiles, launch.multiprocessors))}}, args);
+    launch.Run(tile_bias ? 1 : 0, {{static_cast<unsigned>(std::min<long long>(all_tiles, launch.multiprocessors))}},
+               args);
   };
   return plan;
 }

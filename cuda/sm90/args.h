@@ -16,6 +16,7 @@ struct Sm90ForwardTiles {
   bool dynamic;       // tiles are drawn from a counter, else dealt out in advance
   bool ping_pong;     // the warpgroups take turns with the tensor cores
   int software_exp2;  // of every 16 exponentials
+  bool bias_tiles;    // TMA brings the bias, 16 bits each, with the keys; else each thread reads its own elements
 };
 
 struct Sm90ForwardArgs {
@@ -29,6 +30,7 @@ struct Sm90ForwardArgs {
   int* counter;  // dynamic: 0 at launch
   int tiles;     // of one head (or pack of heads) of one batch entry
   int section;   // heads (or packs) of any batch entry whose tiles are interleaved: their keys and values share the L2
+  TensorMap bias;  // bias_tiles: boxes of 64 keys x the queries of a tile
 };
 
 }  // namespace jf

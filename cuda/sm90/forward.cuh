@@ -56,6 +56,8 @@ constexpr int kHeadAtoms = (kSpec.head_dim + 63) / 64,
               kValueAtoms = (kSpec.value_dim + 63) / 64;  // of 64 elements: 128 bytes
 constexpr int kQBytes = kHeadAtoms * kRows * 128, kKBytes = kHeadAtoms * kKeys * 128,
               kVBytes = kValueAtoms * kKeys * 128;
+constexpr int kBiasAtoms = kTiles.bias_tiles ? (kKeys + 63) / 64 : 0, kBiasTileBytes = kBiasAtoms * kRows * 128,
+              kKStageBytes = kKBytes + kBiasTileBytes;
 constexpr int kOutBytes = kValueAtoms * kRows * 128;
 // Where a second slot for Q, or Q in registers, leaves room, the output is staged in shared memory; else it is written
 // from registers.
@@ -85,7 +87,7 @@ struct Work {
 
 struct alignas(1024) Shared {
   unsigned char q[kQStages][kQBytes];
-  unsigned char k[kStages][kKBytes];
+  unsigned char k[kStages][kKStageBytes];  // keys, and behind them their tile of the bias
   unsigned char v[kStages][kVBytes];
   unsigned char out[kStaged ? kOutBytes : 16];
   u64 q_full[kQStages], q_free[kQStages];
@@ -176,6 +178,14 @@ JF_DEVICE void load_atoms(u32 to, const TensorMap& map, u32 barrier, int atoms, 
   for (int atom = 0; atom < atoms; atom++) tma_load(to + atom * rows * 128, map, barrier, atom * 64, head, row, batch);
 }
 
+JF_DEVICE void load_bias(const Sm90ForwardArgs& args, const Work& work, int n, u32 to, u32 barrier) {
+  const Dense& bias = args.features.bias;
+  const int head = bias.head_stride != 0 ? work.head : 0, batch = bias.batch(work.batch);
+  for (int atom = 0; atom < kBiasAtoms; atom++) {
+    tma_load(to + atom * kRows * 128, args.bias, barrier, n * kKeys + atom * 64, head, work.row0, batch);
+  }
+}
+
 JF_DEVICE void produce(const Sm90ForwardArgs& args, Shared& shared) {
   Ring<kQStages> q_ring;
   Ring<kStages> ring;
@@ -196,9 +206,10 @@ JF_DEVICE void produce(const Sm90ForwardArgs& args, Shared& shared) {
     for (int n = work.keys.end - 1; n >= work.keys.begin; n--, ring.advance()) {
       const u32 k_full = barrier_of(shared.k_full, ring.slot), v_full = barrier_of(shared.v_full, ring.slot);
       barrier_wait(barrier_of(shared.k_free, ring.slot), ring.parity ^ 1);
-      barrier_arrive_expect(k_full, kKBytes);
+      barrier_arrive_expect(k_full, kKStageBytes);
       load_atoms(shared_address(shared.k[ring.slot]), args.k, k_full, kHeadAtoms, kKeys, work.kv_head, n * kKeys,
                  k_batch);
+      if constexpr (kTiles.bias_tiles) load_bias(args, work, n, shared_address(shared.k[ring.slot]) + kKBytes, k_full);
       if (kTiles.dynamic && n == work.keys.begin) barrier_arrive(barrier_of(&shared.work_wanted, 0));
       barrier_wait(barrier_of(shared.v_free, ring.slot), ring.parity ^ 1);
       barrier_arrive_expect(v_full, kVBytes);
@@ -371,6 +382,19 @@ JF_DEVICE void write(const Sm90ForwardArgs& args, const Work& work, int warp_row
 constexpr bool kCapsInSoftmax = kSpec.softcap && !kSpec.alibi && !kSpec.bias();
 constexpr bool kRoomy = kHeadAtoms < 4 && kValueAtoms < 4;  // O leaves registers
 
+// The bias of the thread's registers, one instruction for each 16 keys: matrices as ldmatrix deals them out.
+template <int N>
+JF_DEVICE void add_bias_tile(float (&s)[N], u32 tile, int warp_row, float factor) {
+#pragma unroll
+  for (int step = 0; step < N / 8; step++) {
+    u32 words[4];
+    load_matrix(words, tile + step / 4 * (kRows * 128) +
+                           swizzled_offset(warp_row + lane_id() % 16, step % 4 * 2 + lane_id() / 16));
+#pragma unroll
+    for (int i = 0; i < 4; i++) add_bias(s, 8 * step + 2 * i, words[i], factor);
+  }
+}
+
 struct TileIds {
   IdBounds q, kv;
 };
@@ -406,7 +430,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
   QInRegisters q_words;
   const auto q_rows = [&] { return shared_address(shared.q[q_ring().slot]) + group * (64 * 128); };
   const auto start_scores_of = [&](u32 slot) {
-    const u64 k = descriptor_after(k0, slot * kKBytes);
+    const u64 k = descriptor_after(k0, slot * kKStageBytes);
     if constexpr (kTiles.q_registers) {
       start_scores(s, q_words, k);
     } else {
@@ -487,7 +511,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     };
     const auto fetch = [&](int n) {
       Fetched fetched;
-      if constexpr (kSpec.bias()) fetched.bias.load(score.bias, fragment(n));
+      if constexpr (kSpec.bias() && !kTiles.bias_tiles) fetched.bias.load(score.bias, fragment(n));
       if constexpr (kSpec.mask) fetched.mask.load(mask, fragment(n));
       if constexpr (kSpec.segment_ids && kRoomy) fetched.ids = fetch_ids(n);
       return fetched;
@@ -496,16 +520,22 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       if constexpr (kCapsInSoftmax) {
         return CappedLogits<kKeys == 128 ? 16 : 8>(problem);  // fewer where registers are scarce
       } else {
-        return Linear{score.unit};
+        return Linear{kTiles.bias_tiles ? score.scale_log2 : score.unit};
       }
     }();
+    const float inverse_scale = reciprocal(problem.scale);
     // Raw scores of key tile n become what `logits` takes, -inf where masked.
-    const auto transform = [&](int n, const Fetched& fetched) {
+    const auto transform = [&](int n, const Fetched& fetched, u32 slot) {
       float none[1];
-      if constexpr (!kCapsInSoftmax) transform_unbiased<false>(s, none, fragment(n), score);
+      if constexpr (kTiles.bias_tiles) {  // on raw scores
+        add_bias_tile(s, shared_address(shared.k[slot]) + kKBytes, warp_row, inverse_scale);
+        release(shared.k_free, slot);
+      } else if constexpr (!kCapsInSoftmax) {
+        transform_unbiased<false>(s, none, fragment(n), score);
+      }
 #pragma unroll
       for (int i = 0; i < kKeys / 2; i += 2) {
-        if constexpr (kSpec.bias()) add_bias(s, i, fetched.bias.words[i / 2]);
+        if constexpr (kSpec.bias() && !kTiles.bias_tiles) add_bias(s, i, fetched.bias.words[i / 2]);
         if constexpr (kSpec.mask) hide_masked(s, i, fetched.mask.words[i / 2]);
       }
       if (n < inside.begin || n >= inside.end) {
@@ -539,9 +569,9 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     };
 
     int n = keys.end - 1;
-    release(shared.k_free, ring.slot);
+    if (!kTiles.bias_tiles) release(shared.k_free, ring.slot);
     if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring().slot);
-    transform(n, fetch(n));
+    transform(n, fetch(n), ring.slot);
     // Keys of the second half of the diagonal's tile that no row of the group sees cost no exponentials.
     if (kDiagonal && uniform(seen_by_group(*work).end) <= n * kKeys + kKeys / 2) {
       softmax.template step<true>(reinterpret_cast<float (&)[kKeys / 4]>(s), rescale, logits);
@@ -575,9 +605,9 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       pass_turn();
       wgmma_wait<1>();
       pin(s);
-      release(shared.k_free, next.slot);
+      if (!kTiles.bias_tiles) release(shared.k_free, next.slot);
       if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring().slot);
-      transform(n, fetched);
+      transform(n, fetched, next.slot);
       const bool grown = softmax.template step<false>(s, rescale, logits);
       drop(n);
       pin(s);
