@@ -211,6 +211,10 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
   wgmma_wait<0>();
   pin_dk();
   named_sync(kAllConsumers, 256);  // all reads of K and V are over: dK and dV take their place
+  if constexpr (kSplits) {
+    constexpr int kHeadSums = kHeadBlocks * kKeys / 2, kValueSums = kValueBlocks * kKeys / 2;
+    if (tile.pieces > 1 && !sum_pieces<kHeadSums, kValueSums>(args, shared, tile, dk[0], dv[0])) return;
+  }
 #pragma unroll
   for (int x = 0; x < kHeadBlocks; x++) {
     store_transposed(k_tile + (g * kHeadBlocks + x) * kKeys * 128, 0, dk[x], p.scale);
