@@ -136,7 +136,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       }
     }
 
-    for_each_step(args, tile, [&](int head, int m) {
+    for_each_step(args, tile, [&](int head, int m, bool) {
       const int query0 = m * kQueries;
       const Range own_keys{key0 + g * 64, key0 + g * 64 + 64};
       const u32 ds_row = g * 64 + warp * 16 + lane_id() % 16;

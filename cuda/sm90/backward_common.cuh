@@ -139,7 +139,9 @@ template <class Visit>
 JF_DEVICE void for_each_step(const Sm90BackwardArgs& args, const KeyTile& tile, Visit visit) {
   const int group = kSpec.grouped ? args.problem.q_heads / args.problem.kv_heads : 1;
   for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; head++) {
-    for (int m = tile.query_tiles.begin; m < tile.query_tiles.end; m++) visit(head, m);
+    for (int m = tile.query_tiles.begin; m < tile.query_tiles.end; m++) {
+      visit(head, m, m + 1 == tile.query_tiles.end && head + 1 == (tile.kv_head + 1) * group);
+    }
   }
 }
 
@@ -170,7 +172,7 @@ JF_DEVICE void produce(const Sm90BackwardArgs& args, Rings& shared) {
     load_tile(shared_address(shared.v[kv.slot]), args.v, kv_full, kValueAtoms, kKeys, tile.kv_head, tile.index * kKeys,
               p.v_batch(tile.batch));
     kv.advance();
-    for_each_step(args, tile, [&](int head, int m) {
+    for_each_step(args, tile, [&](int head, int m, bool) {
       const long long row = ((static_cast<long long>(tile.batch) * p.q_heads + head) * args.q_tiles + m) * kQueries;
       const u32 q_full = barrier_of(shared.q_full, q.slot), dout_full = barrier_of(shared.dout_full, dout.slot);
       barrier_wait(barrier_of(shared.q_free, q.slot), q.parity ^ 1);
@@ -206,7 +208,7 @@ JF_DEVICE void follow_work(const Sm90BackwardArgs& args, Rings& shared, Visit vi
     const int work = work_in(shared, kv.slot);
     if (work < 0) return;
     const KeyTile tile = key_tile_of(args, work);
-    for_each_step(args, tile, [&](int head, int m) {
+    for_each_step(args, tile, [&](int head, int m, bool) {
       int* flag = args.turns + (static_cast<long long>(tile.batch) * args.problem.q_heads + head) * args.q_tiles + m;
       visit(flag, turn_of(tile, m));
     });
