@@ -15,12 +15,6 @@
 
 namespace jf {
 
-// Of every 16 exponentials, kSoftware run on the FMA units, spread evenly.
-template <int kSoftware>
-JF_DEVICE float exp2_shared(float x, int i) {
-  return (i * kSoftware) % 16 < kSoftware ? exp2_software(x) : exp2_fast(x);
-}
-
 struct Linear {
   static constexpr int kAtOnce = 256;  // scores that exponents() is for, at most
   float unit;
