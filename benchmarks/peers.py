@@ -28,6 +28,13 @@ def _plain_only(case: Case) -> None:
         raise Skip("plain and causal cases only")
 
 
+def _with(arguments: dict, function: Callable[..., jax.Array], **fixed) -> Attention:
+    """The function with its further arguments, of which the arrays can be operands of a jitted call."""
+    arrays = {name: x for name, x in arguments.items() if isinstance(x, jax.Array)}
+    fixed |= {name: x for name, x in arguments.items() if name not in arrays}
+    return jax.tree_util.Partial(functools.partial(function, **fixed), **arrays)
+
+
 def jax_flash(case: Case) -> Attention:
     import jax_flash as jf
     from jax_flash import fp8
@@ -49,7 +56,7 @@ def jax_flash(case: Case) -> Attention:
         arguments["precision"] = jf.Fp8()
     if case.q_len != case.kv_len:
         arguments["q_offset"] = case.kv_len - case.q_len
-    return lambda q, k, v: jf.flash_attention(q, k, v, causal=case.causal, implementation=implementation, **arguments)
+    return _with(arguments, jf.flash_attention, causal=case.causal, implementation=implementation)
 
 
 def _jax_nn(case: Case, implementation: str) -> Attention:
@@ -65,9 +72,7 @@ def _jax_nn(case: Case, implementation: str) -> Attention:
         arguments["local_window_size"] = (case.window, 0)
     if implementation == "xla" and case.q_len * case.kv_len * case.q_heads * case.batch > 2**32:
         raise Skip("the score matrix does not fit")
-    return lambda q, k, v: jax.nn.dot_product_attention(
-        q, k, v, is_causal=case.causal, implementation=implementation, **arguments
-    )
+    return _with(arguments, jax.nn.dot_product_attention, is_causal=case.causal, implementation=implementation)
 
 
 def cudnn(case: Case) -> Attention:

@@ -16,11 +16,15 @@ array = jnp.asarray  # a result as check takes it
 
 
 def prepare(direction: str, attention: Callable[..., Any], arrays: Sequence[jax.Array]):
-    """The jitted call to time, its operands, and the output if the call does not give it."""
+    """The jitted call to time, its operands, and the output if the call does not give it.
+
+    The attention is an operand too: as constants, the arrays that it holds would take minutes to compile.
+    """
     *operands, cotangent = arrays
+    attention = attention if isinstance(attention, jax.tree_util.Partial) else jax.tree_util.Partial(attention)
     if direction == "fwd":
-        return jax.jit(attention), operands, None
-    out, pullback = jax.jit(lambda *x: jax.vjp(attention, *x))(*operands)
+        return jax.jit(lambda attend, *x: attend(*x)), [attention, *operands], None
+    out, pullback = jax.jit(lambda attend, *x: jax.vjp(attend, *x))(attention, *operands)
     return jax.jit(lambda pull, g: pull(g)), [pullback, cotangent], out
 
 

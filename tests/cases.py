@@ -290,6 +290,7 @@ CASES: dict[str, Case] = {
     "lse": _case("dlse", causal=True),
     "lse, sinks": _case("dlse", "sinks", "q_lengths"),
     "grouped heads": Case(q_heads=6, kv_heads=2, causal=True),
+    "many heads of one key head": Case(q_heads=12, kv_heads=1, q_len=200),  # few long key tiles, cut into pieces
     "one key head": Case(q_heads=4, kv_heads=1),
     "grouped heads, bias": _case("bias", "mask", q_heads=6, kv_heads=2, broadcast=[("mask", 1)]),
     "values wider": Case(value_dim=32),

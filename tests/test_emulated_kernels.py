@@ -35,6 +35,7 @@ CASES = {
         ("segment ids", {"head_dim": 96, "value_dim": 96, "dtype": "float16"}),
         ("lengths, causal", {"head_dim": 128, "value_dim": 64}),
         ("growing scores", {**HEADS_128, **LONGER}),
+        ("many heads of one key head", HEADS_128),
         ("growing scores, causal", {"head_dim": 256, "value_dim": 256, "dtype": "float16", **LONGER}),
         ("window, offset", {**HEADS_128, "q_len": 500, "kv_len": 700, "deterministic": True}),
     ],

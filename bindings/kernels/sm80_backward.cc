@@ -97,7 +97,7 @@ struct DeltaPass {
     launch.Run(kernel, {{static_cast<unsigned>(problem.batch) * problem.q_heads, CeilDiv(padded_len, kDeltaRows)}},
                DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
                          launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len, dq_sums, sums_size,
-                         nullptr});
+                         nullptr, 0});
   }
 };
 

@@ -54,6 +54,28 @@ int SectionOf(const Call& call, long long pairs) {
   return section;
 }
 
+// Key tiles that all take the same time leave multiprocessors idle in their last round: there they are cut into pieces,
+// unless adding up what the pieces found (about as long as eight steps of 64 queries) takes longer than that saves.
+PieceGroups ChoosePieces(const Call& call, const Sm90BackwardTiles& tiles, long long items) {
+  const Spec& spec = call.spec;
+  PieceGroups best{static_cast<int>(items), 1};
+  if (spec.causal || spec.window_left || spec.window_right || spec.segment_ids || spec.deterministic) return best;
+  if (tiles.kv_stages == 2) return best;
+  const int q_tiles = CeilDiv(call.problem.q_len, tiles.queries);
+  const double steps =
+      static_cast<double>(CeilDiv(call.problem.q_len, 64)) * call.problem.q_heads / call.problem.kv_heads;
+  const long long rounds = items / kMultiprocessors;
+  double least = CeilDiv(items, kMultiprocessors) - 8 / steps;
+  for (long long whole : {rounds, std::max(rounds - 1, 0ll)}) {
+    for (int pieces = 2; pieces <= std::min(4, q_tiles); pieces++) {
+      const long long cut = items - whole * kMultiprocessors;
+      const double time = whole + static_cast<double>(CeilDiv(cut * pieces, kMultiprocessors)) / pieces;
+      if (time < least) least = time, best = {static_cast<int>(whole * kMultiprocessors), pieces};
+    }
+  }
+  return best;
+}
+
 Sm90BackwardTiles ChooseTiles(const Call& call) {
   const Spec& spec = call.spec;
   if (Sm90BackwardIsWide(spec)) return {64, 80, 1, 2, 1, false};
@@ -122,13 +144,18 @@ Planned PlanSm90Backward(const Call& call) {
   const long long acc_heads = tiles.own_dq ? std::min<long long>(kMultiprocessors, pairs) * group : pairs * group;
   const size_t lse_log2 = plan.AddScratch(rows * sizeof(float)), delta = plan.AddScratch(rows * sizeof(float));
   const size_t dq_sums = plan.AddScratch(static_cast<size_t>(acc_heads) * padded_len * head_tile * sizeof(float));
-  const size_t counter = plan.AddScratch(sizeof(int));
   const size_t turn_bytes = takes_turns ? static_cast<size_t>(pairs) * group * q_tiles * sizeof(int) : 0;
   const size_t turns = plan.AddScratch(turn_bytes);
   const int section = SectionOf(call, pairs);
   const bool persistent = tiles.kv_stages == 2;
   const long long items = tiles.own_dq ? pairs : pairs * key_tiles;
-  const unsigned blocks = persistent ? std::min<long long>(kMultiprocessors, items) : items;
+  const PieceGroups split = ChoosePieces(call, tiles, items);
+  const int cut = static_cast<int>(items) - split.first, counter_count = std::max(cut, 1);
+  const size_t counters = plan.AddScratch(counter_count * sizeof(int));
+  const int value_tile = Sm90BackwardTileSize(spec, spec.value_dim);
+  const size_t piece_sums =
+      plan.AddScratch(cut * static_cast<size_t>(split.pieces) * tiles.keys * (head_tile + value_tile) * sizeof(float));
+  const unsigned blocks = persistent ? std::min<long long>(kMultiprocessors, items) : split.first + cut * split.pieces;
   plan.facts = {{"tile", std::to_string(tiles.queries) + " x " + std::to_string(tiles.keys)},
                 {"blocks", std::to_string(blocks)},
                 {"dq", tiles.own_dq  ? "one block per batch entry and key head"
@@ -147,11 +174,11 @@ Planned PlanSm90Backward(const Call& call) {
     const unsigned queries = tiles.queries, keys = tiles.keys, out_keys = wide ? keys : 64;
     const SegmentTiles segment_tiles = segments.Run(launch);
     if (takes_turns) launch.Zero(launch.Scratch<int>(turns), turn_bytes);
-    launch.Run(
-        first, {support_grid},
-        DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
-                  launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len,
-                  tiles.own_dq ? nullptr : launch.Scratch<float>(dq_sums), head_tile, launch.Scratch<int>(counter)});
+    launch.Run(first, {support_grid},
+               DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
+                         launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len,
+                         tiles.own_dq ? nullptr : launch.Scratch<float>(dq_sums), head_tile,
+                         launch.Scratch<int>(counters), counter_count});
     launch.Run(
         first + 1, {{blocks}, {}, true},
         Sm90BackwardArgs{map(buffers.q, problem.q_batch.mod, problem.q_len, problem.q_heads, spec.head_dim, queries),
@@ -160,9 +187,20 @@ Planned PlanSm90Backward(const Call& call) {
                          map(buffers.v, problem.v_batch.mod, problem.kv_len, problem.kv_heads, spec.value_dim, keys),
                          map(buffers.dk, problem.batch, problem.kv_len, problem.kv_heads, spec.head_dim, out_keys),
                          map(buffers.dv, problem.batch, problem.kv_len, problem.kv_heads, spec.value_dim, out_keys),
-                         problem, launch.features, segment_tiles, launch.Scratch<float>(lse_log2),
-                         launch.Scratch<float>(delta), launch.Scratch<float>(dq_sums), buffers.dq,
-                         launch.Scratch<int>(counter), launch.Scratch<int>(turns), key_tiles, q_tiles, section});
+                         problem,
+                         launch.features,
+                         segment_tiles,
+                         launch.Scratch<float>(lse_log2),
+                         launch.Scratch<float>(delta),
+                         launch.Scratch<float>(dq_sums),
+                         buffers.dq,
+                         launch.Scratch<int>(counters),
+                         launch.Scratch<int>(turns),
+                         key_tiles,
+                         q_tiles,
+                         section,
+                         split,
+                         launch.Scratch<float>(piece_sums)});
     if (!tiles.own_dq) {
       launch.Run(first + 2, {support_grid, {}, true},
                  DqArgs{launch.Scratch<float>(dq_sums), buffers.dq, problem.q_len, problem.q_heads, padded_len,

@@ -10,13 +10,19 @@ constexpr float kLn2 = 0.6931471805599453f;
 JF_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 JF_DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 
-// 2^x for x below 127 on the FMA units, relative error under 1e-4: below the rounding of a bf16 probability.
+// 2^x for x below 127 on the FMA units, relative error under 1e-4: below the rounding of a bf16 probability. NaN stays.
 JF_DEVICE float exp2_software(float x) {
-  x = fmaxf(x, -127.f);
+  x = max_or_nan(x, -127.f);
   const float shifted = x + 12582912.f;  // 1.5 * 2^23: the integer nearest to x stands in the low bits
   const float f = x - (shifted - 12582912.f);
   const float p = fmaf(fmaf(fmaf(0.0551716685f, f, 0.240226462f), f, 0.693201244f), f, 1.f);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+  return p * __int_as_float((__float_as_int(shifted) << 23) + 0x3f800000);  // 0 for the least x
+}
+
+// Of every 16 exponentials, kSoftware run on the FMA units, spread evenly.
+template <int kSoftware>
+JF_DEVICE float exp2_shared(float x, int i) {
+  return (i * kSoftware) % 16 < kSoftware ? exp2_software(x) : exp2_fast(x);
 }
 
 template <DType kType>

@@ -19,6 +19,12 @@ JF_DEVICE float exp2_fast(float x) {
   return y;
 }
 
+JF_DEVICE float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 JF_DEVICE float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

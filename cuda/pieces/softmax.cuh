@@ -12,12 +12,6 @@
 
 namespace jf {
 
-// Of every 16 exponentials, kSoftware run on the FMA units, spread evenly.
-template <int kSoftware>
-JF_DEVICE float exp2_shared(float x, int i) {
-  return (i * kSoftware) % 16 < kSoftware ? exp2_software(x) : exp2_fast(x);
-}
-
 // kStartsEmpty: a row may see no key of the first tile.
 template <bool kStartsEmpty, int kSoftware = 0>
 struct OnlineSoftmax {

@@ -6,10 +6,12 @@
 // Grid: a block takes 128 keys of a key head and walks the query tiles that see any of them, head by head of the group;
 // dk and dv stay in registers. Blocks come in sections of (batch entry, key head) pairs, the first keys of all pairs of
 // a section first. dq leaves as fp32 additions to global memory, in the order of the registers (support/dq.cuh puts it
-// right); the sums were cleared by support/delta.cuh. With own_dq a block walks all keys of a pair, one key tile after
-// the other: the first stores, the last adds, converts and writes dq, and nothing needs clearing or converting. With
-// two stages of K and V a block stays and draws its next key tile from a counter. A deterministic kernel draws every
-// tile from it, and the tiles add to a query tile's dq in the order in which they were drawn.
+// right); the sums were cleared by support/delta.cuh. Where all key tiles take the same time, those of the last round
+// may be cut into pieces by queries: the last piece to end adds up dk and dv of all. With own_dq a block walks all keys
+// of a pair, one key tile after the other: the first stores, the last adds, converts and writes dq, and nothing needs
+// clearing or converting. With two stages of K and V a block stays and draws its next key tile from a counter. A
+// deterministic kernel draws every tile from it, and the tiles add to a query tile's dq in the order in which they were
+// drawn.
 //
 // Roles: warpgroup 0 loads (one thread, TMA; if deterministic, one more waits for turns, one passes them on);
 // warpgroups 1 and 2 have 64 keys each and compute, for every query tile,
@@ -50,6 +52,7 @@ namespace jf {
 
 constexpr int kScores = kQueries / 2;  // accumulator registers of a thread: S^T and dP^T, 64 keys x queries
 constexpr int kStages = kQStages;
+constexpr int kSoftwareExp2 = kHead <= 64 ? 0 : 2;  // of every 16 exponentials; by measurement
 static_assert(kKeys == 128 && kQStages == kDoutStages && kHead <= 128 && kValue <= 128);
 
 // A warpgroup's share of dQ = dS K is 64 queries x 64 elements: half of the queries, of the elements, or (if there are
@@ -133,7 +136,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       }
     }
 
-    for_each_step(args, tile, [&](int head, int m) {
+    for_each_step(args, tile, [&](int head, int m, bool) {
       const int query0 = m * kQueries;
       const Range own_keys{key0 + g * 64, key0 + g * 64 + 64};
       const u32 ds_row = g * 64 + warp * 16 + lane_id() % 16;
@@ -237,7 +240,8 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
         const float2 lse_log2 =
             *reinterpret_cast<const float2*>(&shared.lse_log2[ring.slot][2 * i + lane_id() % 4 * 2]);
 #pragma unroll
-        for (int j = 0; j < 4; j++) s[i + j] = exp2_fast(fmaf(s[i + j], score.unit, j & 1 ? -lse_log2.y : -lse_log2.x));
+        for (int j = 0; j < 4; j++)
+          s[i + j] = exp2_shared<kSoftwareExp2>(fmaf(s[i + j], score.unit, j & 1 ? -lse_log2.y : -lse_log2.x), i + j);
       }
 
       wgmma_wait<0>();
@@ -302,6 +306,9 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     });
 
     named_sync(kAllConsumers, 256);  // all reads of K and V are over: dK and dV take their place
+    if constexpr (kSplits) {
+      if (tile.pieces > 1 && !sum_pieces<kHead / 2, kValue / 2>(args, shared, tile, dk, dv)) return;
+    }
     store_accumulator(k_tile, kKeys * 128, g * 64 + warp * 16, dk, p.scale);
     store_accumulator(v_tile, kKeys * 128, g * 64 + warp * 16, dv, 1.f);
     async_fence();

@@ -14,6 +14,12 @@ struct Sm90BackwardTiles {
   bool own_dq;  // a block works through all key tiles of a (batch entry, key head) and so finishes its dq alone
 };
 
+// The work items from `first` on are cut into `pieces` each, by queries: those of a last round that would leave
+// multiprocessors idle. pieces = 1: none is.
+struct PieceGroups {
+  int first, pieces;
+};
+
 struct Sm90BackwardArgs {
   TensorMap q, dout;  // boxes of 64 elements x kTiles.queries
   TensorMap k, v;     // boxes of 64 elements x kTiles.keys
@@ -25,10 +31,12 @@ struct Sm90BackwardArgs {
   const float* delta;
   float* dq_sums;  // see support/dq.cuh; own_dq: room for the heads of one block after the other
   void* dq;        // own_dq: [batch, q_len, q_heads, head_dim]
-  int* counter;    // 0 at launch
+  int* counters;   // 0 at launch: work drawn, or for each split key tile the pieces done
   int* turns;      // deterministic: [batch, q_heads, q_tiles], 0 at launch
   int key_tiles, q_tiles;
   int section;  // (batch entry, key head) pairs whose key tiles are interleaved: what they read shares the L2
+  PieceGroups split;
+  float* piece_sums;  // [split key tiles, pieces, accumulators of a block]
 };
 
 // Head sizes above 128, of q and k or of v, take sm90/backward_wide.cuh.

@@ -18,6 +18,9 @@ static_assert(kPersistent || !kOwnDq);
 // key tiles in that order too, so that nobody waits for work that has not been drawn.
 constexpr bool kTurns = kSpec.deterministic && !kOwnDq;
 static_assert(!kTurns || !kSpec.segment_ids);  // turn_of counts every key tile of the band
+// Key tiles may be cut into pieces where all take the same time.
+constexpr bool kSplits =
+    !kPersistent && !kTurns && !kSpec.causal && !kSpec.window_left && !kSpec.window_right && !kSpec.segment_ids;
 constexpr bool kLastKeysFirst = kTurns && (kSpec.causal || kSpec.window_right);
 constexpr int kHead = Sm90BackwardTileSize(kSpec, kSpec.head_dim),
               kValue = Sm90BackwardTileSize(kSpec, kSpec.value_dim);
@@ -75,15 +78,24 @@ struct KeyTile {
   int batch, kv_head, index;
   CallBand band;
   Range query_tiles;
+  int split, piece, pieces;  // the number of a split key tile, and which part of its query tiles this is
 };
 
 // Work item `work`, in the order in which blocks draw them: sections of pairs, inside one the first keys first, which
 // causal attention shows to most queries. own_dq: all key tiles of one pair after the other.
 JF_DEVICE KeyTile key_tile_of(const Sm90BackwardArgs& args, int work) {
+  KeyTile tile;
+  tile.split = tile.piece = 0, tile.pieces = 1;
+  if constexpr (kSplits) {
+    if (work >= args.split.first) {
+      tile.pieces = args.split.pieces;
+      tile.split = (work - args.split.first) / tile.pieces, tile.piece = (work - args.split.first) % tile.pieces;
+      work = args.split.first + tile.split;
+    }
+  }
   const int pairs = args.problem.batch * args.problem.kv_heads, section = kOwnDq ? 1 : args.section;
   const int first = work / (section * args.key_tiles) * section, width = min(section, pairs - first);
   const int rest = work - first * args.key_tiles, pair = first + rest % width;
-  KeyTile tile;
   tile.batch = pair / args.problem.kv_heads;
   tile.kv_head = pair % args.problem.kv_heads;
   tile.index = kLastKeysFirst ? args.key_tiles - 1 - rest / width : rest / width;
@@ -91,6 +103,10 @@ JF_DEVICE KeyTile key_tile_of(const Sm90BackwardArgs& args, int work) {
   tile.query_tiles = tiles_of(tile.band.queries_of(tile.index * kKeys, kKeys), kQueries);
   if constexpr (kSpec.segment_ids) {
     tile.query_tiles = meet(tile.query_tiles, args.segments.query_tiles[tile.batch * args.key_tiles + tile.index]);
+  }
+  if constexpr (kSplits) {
+    const int begin = tile.query_tiles.begin, size = tile.query_tiles.size();
+    tile.query_tiles = {begin + size * tile.piece / tile.pieces, begin + size * (tile.piece + 1) / tile.pieces};
   }
   return tile;
 }
@@ -101,7 +117,7 @@ JF_DEVICE int work_or_end(const Sm90BackwardArgs& args, int work) {
   return work < args.problem.batch * args.problem.kv_heads * args.key_tiles ? work : -1;
 }
 JF_DEVICE int first_work(const Sm90BackwardArgs& args) {
-  if constexpr (kTurns) return work_or_end(args, atomicAdd(args.counter, 1));
+  if constexpr (kTurns) return work_or_end(args, atomicAdd(args.counters, 1));
   return kOwnDq ? blockIdx.x * args.key_tiles : blockIdx.x;
 }
 JF_DEVICE int next_work(const Sm90BackwardArgs& args, int work) {
@@ -109,7 +125,7 @@ JF_DEVICE int next_work(const Sm90BackwardArgs& args, int work) {
     const int next = work + 1;
     return work_or_end(args, next % args.key_tiles == 0 ? next + (gridDim.x - 1) * args.key_tiles : next);
   } else if constexpr (kPersistent) {
-    return work_or_end(args, (kTurns ? 0 : gridDim.x) + atomicAdd(args.counter, 1));
+    return work_or_end(args, (kTurns ? 0 : gridDim.x) + atomicAdd(args.counters, 1));
   }
   return -1;
 }
@@ -123,7 +139,9 @@ template <class Visit>
 JF_DEVICE void for_each_step(const Sm90BackwardArgs& args, const KeyTile& tile, Visit visit) {
   const int group = kSpec.grouped ? args.problem.q_heads / args.problem.kv_heads : 1;
   for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; head++) {
-    for (int m = tile.query_tiles.begin; m < tile.query_tiles.end; m++) visit(head, m);
+    for (int m = tile.query_tiles.begin; m < tile.query_tiles.end; m++) {
+      visit(head, m, m + 1 == tile.query_tiles.end && head + 1 == (tile.kv_head + 1) * group);
+    }
   }
 }
 
@@ -154,7 +172,7 @@ JF_DEVICE void produce(const Sm90BackwardArgs& args, Rings& shared) {
     load_tile(shared_address(shared.v[kv.slot]), args.v, kv_full, kValueAtoms, kKeys, tile.kv_head, tile.index * kKeys,
               p.v_batch(tile.batch));
     kv.advance();
-    for_each_step(args, tile, [&](int head, int m) {
+    for_each_step(args, tile, [&](int head, int m, bool) {
       const long long row = ((static_cast<long long>(tile.batch) * p.q_heads + head) * args.q_tiles + m) * kQueries;
       const u32 q_full = barrier_of(shared.q_full, q.slot), dout_full = barrier_of(shared.dout_full, dout.slot);
       barrier_wait(barrier_of(shared.q_free, q.slot), q.parity ^ 1);
@@ -190,7 +208,7 @@ JF_DEVICE void follow_work(const Sm90BackwardArgs& args, Rings& shared, Visit vi
     const int work = work_in(shared, kv.slot);
     if (work < 0) return;
     const KeyTile tile = key_tile_of(args, work);
-    for_each_step(args, tile, [&](int head, int m) {
+    for_each_step(args, tile, [&](int head, int m, bool) {
       int* flag = args.turns + (static_cast<long long>(tile.batch) * args.problem.q_heads + head) * args.q_tiles + m;
       visit(flag, turn_of(tile, m));
     });
@@ -254,6 +272,41 @@ JF_DEVICE void make_logits(float (&s)[N], float (&derivative)[M], const Fragment
   }
   if constexpr (kSpec.mask) hide_masked(s, at, args.problem, args.features, tile.batch, head);
 }
+
+// Leaves a piece's dk and dv where the other pieces find them. The last to do so goes on with the sums of all; the
+// order in which they are added does not depend on which one that is.
+template <int N, int M>
+JF_DEVICE bool sum_pieces(const Sm90BackwardArgs& args, Rings& shared, const KeyTile& tile, float* dk, float* dv) {
+  static_assert(N % 4 == 0 && M % 4 == 0);
+  const int thread = threadIdx.x - 128;
+  float4* sums = reinterpret_cast<float4*>(args.piece_sums) +
+                 static_cast<long long>(tile.split) * tile.pieces * (N + M) / 4 * 256 + thread;
+  const auto place = [&](int piece, int i) { return sums + (piece * (N + M) / 4 + i) * 256; };
+#pragma unroll
+  for (int i = 0; i < N; i += 4) *place(tile.piece, i / 4) = float4{dk[i], dk[i + 1], dk[i + 2], dk[i + 3]};
+#pragma unroll
+  for (int i = 0; i < M; i += 4) *place(tile.piece, (N + i) / 4) = float4{dv[i], dv[i + 1], dv[i + 2], dv[i + 3]};
+  named_sync(kAllConsumers, 256);
+  if (thread == 0) shared.work[0] = count_up(args.counters + tile.split);
+  named_sync(kAllConsumers, 256);
+  if (shared.work[0] != tile.pieces - 1) return false;
+#pragma unroll
+  for (int i = 0; i < N; i++) dk[i] = 0.f;
+#pragma unroll
+  for (int i = 0; i < M; i++) dv[i] = 0.f;
+  for (int piece = 0; piece < tile.pieces; piece++) {
+    const auto add = [&](float* to, int i) {
+      const float4 x = __ldcg(place(piece, i));
+      to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
+    };
+#pragma unroll
+    for (int i = 0; i < N; i += 4) add(dk + i, i / 4);
+#pragma unroll
+    for (int i = 0; i < M; i += 4) add(dv + i, (N + i) / 4);
+  }
+  return true;
+}
+
 // Adds a warpgroup's 64 queries x 64 elements of dq to those of the earlier key tiles; see support/dq.cuh for the
 // order.
 struct DqSum {

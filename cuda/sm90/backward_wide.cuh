@@ -87,30 +87,39 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     }
   }
 
-  for_each_step(args, tile, [&](int head, int m) {
-    const int query0 = m * kQueries;
-    const u32 q_tile = shared_address(shared.q[q_ring.slot]), dout_tile = shared_address(shared.dout[0]);
-    const u64 q_rows = descriptor_k_major(q_tile), dout_rows = descriptor_k_major(dout_tile);
-    const u64 dout_columns = descriptor_mn_major(dout_tile + g * kValueBlocks * kQueries * 128, 0);
-    const u32 p_tile = shared_address(shared.p[step & 1]), ds_tile = shared_address(shared.ds[step & 1]);
-    const u64 p_rows = descriptor_k_major(p_tile), ds_columns = descriptor_mn_major(ds_tile, 0);
+  // S = Q K^T of the step whose Q is in the ring's slot.
+  auto start_scores = [&](int m) {
+    const u64 q_rows = descriptor_k_major(shared_address(shared.q[q_ring.slot]));
     barrier_wait(barrier_of(shared.q_full, q_ring.slot), q_ring.parity);
     if constexpr (kSpec.q_lengths) {
-      if (query0 + kQueries > tile.band.q_end) {
+      if ((m + 1) * kQueries > tile.band.q_end) {
         barrier_wait(barrier_of(shared.dout_full, 0), dout_ring.parity);
-        clear_rows<kQueries, kHeadAtoms>(shared.q[q_ring.slot], tile.band.q_end - query0);
-        clear_rows<kQueries, kValueAtoms>(shared.dout[0], tile.band.q_end - query0);
+        clear_rows<kQueries, kHeadAtoms>(shared.q[q_ring.slot], tile.band.q_end - m * kQueries);
+        clear_rows<kQueries, kValueAtoms>(shared.dout[0], tile.band.q_end - m * kQueries);
         async_fence();
         named_sync(kAllConsumers, 256);
       }
     }
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < (kSpec.head_dim + 15) / 16; i++) {  // S = Q K^T
+    for (int i = 0; i < (kSpec.head_dim + 15) / 16; i++) {
       wgmma<kSpec.dtype>(s, descriptor_after(q_rows, i / 4 * kQueries * 128 + i % 4 * 32),
                          descriptor_after(k_rows, i / 4 * kKeys * 128 + i % 4 * 32), i != 0);
     }
-    wgmma_commit();
+  };
+  if (tile.query_tiles.size() > 0) start_scores(tile.query_tiles.begin);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin(s);
+
+  for_each_step(args, tile, [&](int head, int m, bool last) {
+    const int query0 = m * kQueries;
+    const u32 dout_tile = shared_address(shared.dout[0]);
+    const u64 dout_rows = descriptor_k_major(dout_tile);
+    const u64 dout_columns = descriptor_mn_major(dout_tile + g * kValueBlocks * kQueries * 128, 0);
+    const u32 p_tile = shared_address(shared.p[step & 1]), ds_tile = shared_address(shared.ds[step & 1]);
+    const u64 p_rows = descriptor_k_major(p_tile), ds_columns = descriptor_mn_major(ds_tile, 0);
+    wgmma_fence();
     barrier_wait(barrier_of(shared.dout_full, 0), dout_ring.parity);
 #pragma unroll
     for (int i = 0; i < (kSpec.value_dim + 15) / 16; i++) {  // dP = dO V^T
@@ -120,8 +129,6 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     wgmma_commit();
     issue_dk(step - 1, step == 0 ? 0 : q_ring.slot ^ 1);  // slot 1 is being filled in step 0
 
-    wgmma_wait<2>();
-    pin(s);
     const Range own_keys{key0 + g * (kKeys / 2), key0 + (g + 1) * (kKeys / 2)};
     const Fragment<false> at = warp_fragment<false>(query0 + warp * 16, own_keys.begin);
     const Score score = score_of(p, args.features, tile.batch, head);
@@ -192,17 +199,21 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     wgmma_wait<0>();
     pin(dq);
     if constexpr (kTurns) barrier_wait(barrier_of(shared.turn_came, step & 1), step >> 1 & 1);
-    add_dq(0);
     if constexpr (kHeadBlocks == 2) {
+      add_dq(0);
       wgmma_fence();
       issue_dq(1);
       wgmma_wait<0>();
       pin(dq);
-      add_dq(1);
     }
-    if constexpr (kTurns) barrier_arrive(barrier_of(shared.turn_used, step & 1));
     q_ring.advance();
     dout_ring.advance();
+    if (!last) start_scores(m + 1 == tile.query_tiles.end ? tile.query_tiles.begin : m + 1);
+    wgmma_commit();
+    add_dq(kHeadBlocks - 1);
+    if constexpr (kTurns) barrier_arrive(barrier_of(shared.turn_used, step & 1));
+    wgmma_wait<0>();
+    pin(s);
     step++;
   });
 
@@ -211,6 +222,10 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
   wgmma_wait<0>();
   pin_dk();
   named_sync(kAllConsumers, 256);  // all reads of K and V are over: dK and dV take their place
+  if constexpr (kSplits) {
+    constexpr int kHeadSums = kHeadBlocks * kKeys / 2, kValueSums = kValueBlocks * kKeys / 2;
+    if (tile.pieces > 1 && !sum_pieces<kHeadSums, kValueSums>(args, shared, tile, dk[0], dv[0])) return;
+  }
 #pragma unroll
   for (int x = 0; x < kHeadBlocks; x++) {
     store_transposed(k_tile + (g * kHeadBlocks + x) * kKeys * 128, 0, dk[x], p.scale);

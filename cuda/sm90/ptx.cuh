@@ -100,6 +100,12 @@ JF_DEVICE void await_flag(const int* flag, int value) {
 JF_DEVICE void pass_flag(int* flag, int value) {
   asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
+// Adds one, in the same sense, and returns what was there: who counts last sees what happened before the others did.
+JF_DEVICE int count_up(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 JF_DEVICE void store_zeros_16(u32 to) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
 }

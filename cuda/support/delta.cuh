@@ -5,7 +5,7 @@
 //
 // A row without a visible key, past q_lengths or in the padding gets lse_log2 = +inf and delta = 0: its probabilities
 // and score gradients are exactly 0, whatever its vectors hold. On the way, clears the sums that will become dq, and
-// the counter from which blocks draw their work. Grid: x over (batch entry, head), y over tiles of kRows rows; kLanes
+// the counters of the work. Grid: x over (batch entry, head), y over tiles of kRows rows; kLanes
 // lanes read one row, 16 bytes each, all loads of a thread ahead of the first use.
 #include "pieces/mask.cuh"
 #include "support/delta.h"
@@ -50,7 +50,9 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads) delta(const __grid_co
     for (int i = threadIdx.x; i < count; i += kThreads) sums[i] = float4{0.f, 0.f, 0.f, 0.f};
   }
 
-  if (args.counter != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *args.counter = 0;
+  if (blockIdx.x == 0 && blockIdx.y == 0) {
+    for (int i = threadIdx.x; i < args.counter_count; i += kThreads) args.counters[i] = 0;
+  }
 
 #pragma unroll
   for (int i = 0; i < kPasses; i++) {

@@ -13,7 +13,8 @@ struct DeltaArgs {
   int padded_len;           // q_len rounded up to whole query tiles
   float* dq_sums;           // [batch, q_heads, padded_len, sums_size] to clear, or null
   int sums_size;
-  int* counter;  // to clear, or null
+  int* counters;  // to clear
+  int counter_count;
 };
 
 }  // namespace jf

@@ -12,6 +12,7 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 
 JF_DEVICE float exp2_fast(float x) { return exp2f(x); }
+JF_DEVICE float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 JF_DEVICE float log2_fast(float x) { return log2f(x); }
 JF_DEVICE float reciprocal(float x) { return 1.f / x; }
 

@@ -54,6 +54,7 @@ JF_DEVICE void await_flag(const int* flag, int value) {
   while (__atomic_load_n(flag, __ATOMIC_ACQUIRE) != value) emulator::yield();
 }
 JF_DEVICE void pass_flag(int* flag, int value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
+JF_DEVICE int count_up(int* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
 JF_DEVICE void store_zeros_16(u32 to) { std::memset(emulator::shared_pointer(to, 16), 0, 16); }
 JF_DEVICE void async_fence() {}
 
