@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from jax_flash import extension
+from jax_flash import extension, fp8
 
 from . import check, report, timing, torch_sdpa
 from .cases import Case, grid, named
@@ -55,7 +55,7 @@ def task(case: Case):
     """Operands of a case and what their results are: shared by the implementations that are timed on it."""
     arrays = case.arrays()
     rows = case.q_len if case.group == "accuracy" and case.q_len <= 4096 else check.ROWS
-    return arrays, {} if case.feature else check.exact(case, arrays, rows)
+    return arrays, {} if case.feature or case.precision == "quantise" else check.exact(case, arrays, rows)
 
 
 def measure(case: Case, name: str) -> dict:
@@ -64,6 +64,9 @@ def measure(case: Case, name: str) -> dict:
     if case.group == "memory":
         return {"scratch_MiB": scratch_mib(case, attention)}
     arrays, right = task(case)
+    if case.precision == "quantised":
+        *operands, cotangent = arrays
+        arrays = jax.jit(fp8.quantize)(*operands), cotangent
     library = torch_sdpa if name in TORCH else timing
     call, operands, out = library.prepare(case.direction, attention, arrays)
     if case.group == "compile":
@@ -81,9 +84,11 @@ def measure(case: Case, name: str) -> dict:
     kernel, wall = library.kernel_ms(call, *operands), timing.wall_ms(call, *operands, wait=library.wait)
     if case.group == "decode":
         line["cache_tbs"] = sum(x.nbytes for x in arrays[1:3]) / (kernel or wall) / 1e9
+    line |= {"kernel_ms": kernel, "wall_ms": wall}
+    if case.precision == "quantise":
+        moved = sum(x.nbytes for x in jax.tree.leaves((operands, results)))
+        return line | {"quantise_tbs": moved / (kernel or wall) / 1e9}
     return line | {
-        "kernel_ms": kernel,
-        "wall_ms": wall,
         "tflops": case.flops / (kernel or wall) / 1e9,
     }
 
@@ -126,7 +131,7 @@ def main() -> int:
         "case",
         *args.impl,
         *([f"{args.impl[0]} / {name}" for name in args.impl[1:]]),
-        title="TFLOP/s (memory: MiB, compile: s, accuracy: relative error)",
+        title="TFLOP/s (memory: MiB, quantise: TB/s, compile: s, accuracy: relative error)",
     )
     failures = 0
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +146,7 @@ def main() -> int:
                 line = {
                     "impl": name,
                     "group": case.group,
-                    "dtype": "e4m3" if case.precision == "fp8" else case.dtype,
+                    "dtype": case.operands,
                     "dir": case.direction,
                     "D": case.head_dim,
                     "causal": int(case.causal),
@@ -151,7 +156,9 @@ def main() -> int:
                 try:
                     line |= measure(case, name)
                     speeds[name] = next(
-                        line[key] for key in ("tflops", "scratch_MiB", "compile_s", "error") if key in line
+                        line[key]
+                        for key in ("tflops", "quantise_tbs", "scratch_MiB", "compile_s", "error")
+                        if key in line
                     )
                 except Skip as skip:
                     notes[name] = "-"

@@ -45,7 +45,7 @@ class Case:
     window: int | None = None  # keys before the query; implies causal
     documents: int = 0  # sequences packed into one, told apart by segment ids
     feature: str = ""  # one more argument of flash_attention: see `arguments`
-    precision: str = ""  # "fp8": quantised inside
+    precision: str = ""  # "fp8": quantised inside; "quantised": before, untimed; "quantise": that alone
     outliers: bool = False  # a thousandth of query, key and value is ten times as large
 
     @property
@@ -61,6 +61,11 @@ class Case:
             pairs = self.q_len * self.kv_len / (2 if self.causal else 1)
         forward = 4 * self.batch * self.q_heads * pairs * self.head_dim
         return forward * (2.5 if self.direction == "bwd" else 1)
+
+    @property
+    def operands(self) -> str:
+        """Types of the operands that are timed, as lines tell them: calls that quantise are no plain bf16 calls."""
+        return {"quantised": "e4m3", "fp8": f"{self.dtype} as e4m3"}.get(self.precision, self.dtype)
 
     @property
     def jax_dtype(self):
@@ -162,7 +167,10 @@ def named() -> dict[str, list[Case]]:
         "grid": list(grid()),
         "quick": list(grid(lengths=(1024, 4096), head_dims=(64, 128))),
         "f16": list(grid(lengths=(4096,), dtypes=("f16",))),
-        "fp8": list(grid(directions=("fwd",), precision="fp8")),
+        "fp8": [case for p in ("quantised", "fp8") for case in grid(directions=("fwd",), precision=p)],
+        "quantise": [
+            Case("quantise", 4, 4096, 4096, WIDTH // dim, WIDTH // dim, dim, precision="quantise") for dim in HEAD_DIMS
+        ],
         "grouped": [Case("grouped", 2, 8192, 8192, 32, 8, 128, direction=d, causal=True) for d in both],
         "window": [Case("window", 1, 16384, 16384, 16, 16, 128, direction=d, causal=True, window=1024) for d in both],
         "segments": [

@@ -10,7 +10,7 @@ import numpy as np
 from .cases import Case
 
 ROWS = 128
-TOLERANCE = {"bf16": 2e-2, "f16": 4e-3, "f32": 1e-5, "fp8": 8e-2}
+TOLERANCE = {"bf16": 2e-2, "f16": 4e-3, "f32": 1e-5, "fp8": 8e-2, "quantised": 8e-2}
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

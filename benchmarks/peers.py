@@ -37,17 +37,25 @@ def _with(arguments: dict, function: Callable[..., jax.Array], **fixed) -> Atten
 
 def jax_flash(case: Case) -> Attention:
     import jax_flash as jf
+    from jax_flash import fp8
+    from jax_flash.spec import AttentionSpec, Operands
 
+    implementation = "cuda" if jax.default_backend() == "gpu" else None
     arguments = dict(case.feature_arguments())
     if case.documents:
         arguments["segment_ids"] = case.segment_ids()
     if case.window is not None:
         arguments["window"] = (case.window, None)
+    if case.precision == "quantised":
+        return lambda quantized: jf.quantized_attention(quantized, causal=case.causal, implementation=implementation)
+    if case.precision == "quantise":
+        _needs_gpu()
+        spec = AttentionSpec(precision=jf.Fp8())
+        return lambda q, k, v: fp8._quantize_kernel(spec, q, k, v, Operands())
     if case.precision == "fp8":
         arguments["precision"] = jf.Fp8()
     if case.q_len != case.kv_len:
         arguments["q_offset"] = case.kv_len - case.q_len
-    implementation = "cuda" if jax.default_backend() == "gpu" else None
     return _with(arguments, jf.flash_attention, causal=case.causal, implementation=implementation)
 
 

@@ -47,6 +47,21 @@ def test_a_wrong_answer_is_noticed(name, damage):
         check.worst(case, check.errors(case, check.exact(case, case.arrays()), answers))
 
 
+def test_quantised_operands_are_told_from_calls_that_quantise():
+    case = Case("t", 2, 160, 160, 2, 2, 64, precision="quantised")
+    line = tool.measure(case, "jax_flash")
+    assert 0 < line["error"] < check.TOLERANCE["quantised"] and line["tflops"] > 0
+    kinds = {case.precision: case.operands for case in named()["fp8"]}
+    assert kinds == {"quantised": "e4m3", "fp8": "bf16 as e4m3"}
+
+
+def test_quantise_gives_bytes_a_second(monkeypatch):
+    monkeypatch.setitem(tool.PEERS, "jax_flash", lambda case: lambda q, k, v: (q, k, v))
+    case = Case("t", 2, 160, 160, 2, 2, 64, precision="quantise")
+    line = tool.measure(case, "jax_flash")
+    assert line["quantise_tbs"] > 0 and "tflops" not in line and "error" not in line
+
+
 def test_compile_time_is_that_of_an_empty_cache(monkeypatch):
     folders = []
     monkeypatch.setattr(tool.extension, "configure", lambda module: folders.append(tool.extension.cache_folder()))

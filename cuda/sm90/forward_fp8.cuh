@@ -11,7 +11,7 @@
 // first.
 //
 // Block: one producer warpgroup (one thread issues every load) and kGroups = queries / 64 consumer warpgroups.
-// A consumer computes S(n-1) = Q K(n-1)^T and O += P(n) V(n) in one batch of wgmma, waits for both, and turns S(n-1)
+// A group lets key tiles pass that none of its rows sees. A consumer computes S(n-1) = Q K(n-1)^T and O += P(n) V(n) in one batch of wgmma, waits for both, and turns S(n-1)
 // into P(n-1). What hides its waits are the other groups.
 //
 //   head   tile        groups  registers   stages
@@ -265,6 +265,9 @@ struct Fp8Softmax {
   }
 };
 
+// The same value in every lane, said so that the compiler keeps it, and what follows from it, in uniform registers.
+JF_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 // For the producer's warp: no lane still waits for a phase when the leader lets the next one come.
 JF_DEVICE void wait_together(u32 barrier, u32 parity) {
   barrier_wait(barrier, parity);
@@ -373,6 +376,17 @@ struct Consumer {
     }
   }
 
+  // Lets key tiles pass that no row of this group sees.
+  JF_DEVICE void skip(int count) {
+#pragma unroll 1
+    for (; count > 0; count--, progress.next_tile()) {
+      wait_k();
+      wait_v(progress);
+      named_sync(1 + group(), 128);  // no warp still waits for these phases when the next ones may end
+      arrive(shared.slot_free[progress.slot()]);
+    }
+  }
+
   JF_DEVICE void compute() {
     const Problem& problem = args.problem;
     const Item item = item_of(args, index());
@@ -380,7 +394,9 @@ struct Consumer {
     const int group_row = item.row0 + group() * 64, warp_row = item.row0 + row_in_tile();
     const u32 q = rows_low(shared_address(shared.q) + group() * 64 * kRowBytes), k = rows_low(shared_address(shared.k)),
               v = values_low(shared_address(shared.v));
-    const Range tiles = item.key_tiles;
+    const Range seen = meet(item.key_tiles, tiles_of(band.keys_of(group_row, 64), kKeys));
+    const Range tiles{uniform(seen.begin), uniform(seen.end)};
+    const int ahead = tiles.size() == 0 ? item.key_tiles.size() : item.key_tiles.end - tiles.end;
     CallBand keys_band = band;
     keys_band.q_end = kFar;  // rows past the end are dropped by the store: a partial tile masks no more than a full one
     const Score score = score_of(problem, args.features, item.batch, item.head);
@@ -435,6 +451,8 @@ struct Consumer {
 
     barrier_wait(shared_address(&shared.q_full), progress.item());
     if constexpr (kIntegers) find_nan_rows(q_scale < 0.f);
+    skip(uniform(ahead));
+    progress.count = uniform(progress.count);  // as before the branch: addresses of slots stay in uniform registers
     if (tiles.size() == 0) {
       named_sync(1 + group(), 128);  // as in run: without products nothing else keeps the warps together
       arrive(shared.q_free);
@@ -480,6 +498,7 @@ struct Consumer {
       pin(o);
       arrive(shared.slot_free[progress.slot()]);
       progress.next_tile();
+      if constexpr (kSpec.window_left) skip(uniform(tiles.begin - item_of(args, index()).key_tiles.begin));
     }
     finish(o);
   }
