@@ -197,6 +197,11 @@ def named() -> dict[str, list[Case]]:
             for dim in HEAD_DIMS
             for s, c in ((2048, False), (2048, True), (16384, True))
             for o in (False, True)
+        ]
+        + [
+            Case("accuracy", 1, 131072, 131072, 2, 2, dim, causal=True, outliers=o)
+            for dim in HEAD_DIMS
+            for o in (False, True)
         ],
         "compile": [Case("compile", 2, 2048, 2048, 8, 8, dim, "f16", d, True) for dim in HEAD_DIMS for d in both],
         "memory": [

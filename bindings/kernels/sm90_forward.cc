@@ -42,7 +42,7 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
   const bool slim = !spec.bias() && !spec.mask && !spec.segment_ids;
   const int columns = FeatureColumns(spec, head, slim);
   const bool dynamic = Masks(spec) || spec.q_lengths || spec.kv_lengths;
-  Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, 0, bias_tiles};
+  Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, bias_tiles};
   if (bias_tiles) {  // take no registers, but shared memory
     if (head > 64) tiles.q_stages = 1;
     return tiles;
@@ -80,8 +80,7 @@ std::string TilesText(const Sm90ForwardTiles& tiles) {
   const auto flag = [](bool yes) { return yes ? "true, " : "false, "; };
   text +=
       number(tiles.rows) + number(tiles.keys) + number(tiles.stages) + number(tiles.q_stages) + flag(tiles.q_registers);
-  text += number(tiles.packed) + flag(tiles.dynamic) + flag(tiles.ping_pong) + number(tiles.software_exp2);
-  text += flag(tiles.bias_tiles);
+  text += number(tiles.packed) + flag(tiles.dynamic) + flag(tiles.ping_pong) + flag(tiles.bias_tiles);
   return text + "};\n";
 }
 

@@ -29,7 +29,7 @@ struct Linear {
 };
 
 // kStartsEmpty: a row may see no key of the first tile.
-template <bool kStartsEmpty, int kSoftware = 0>
+template <bool kStartsEmpty>
 struct OnlineSoftmax {
   static constexpr float kThreshold = 8.f;
   float top[2];
@@ -120,7 +120,7 @@ struct OnlineSoftmax {
       if (grown) raise<kBegin, kEnd>(s, rescale);
     }
 #pragma unroll
-    for (int i = kBegin; i < kEnd; i++) s[i] = exp2_shared<kSoftware>(s[i], i);
+    for (int i = kBegin; i < kEnd; i++) s[i] = exp2_fast(s[i]);
 #pragma unroll
     for (int i = kBegin; i < kEnd; i++) sum[fragment_row(i)] += s[i];
     return grown;

@@ -15,7 +15,6 @@ struct Sm90ForwardTiles {
   int packed;         // query heads of a key head whose rows share a tile; 1: each head has its own
   bool dynamic;       // tiles are drawn from a counter, else dealt out in advance
   bool ping_pong;     // the warpgroups take turns with the tensor cores
-  int software_exp2;  // of every 16 exponentials
   bool bias_tiles;    // TMA brings the bias, 16 bits each, with the keys; else each thread reads its own elements
 };
 

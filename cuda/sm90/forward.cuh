@@ -279,7 +279,7 @@ JF_DEVICE void zero_values(u32 v, u32 from, int group) {
 // the same key, or each at its own, which then stand in one tile.
 constexpr bool kStartsEmpty = kSpec.mask || kSpec.bias() || kSpec.segment_ids || kSpec.window_right ||
                               (kSpec.causal && (kSpec.q_offset || kKeys % 64 != 0));
-using Softmax = OnlineSoftmax<kStartsEmpty, kTiles.software_exp2>;
+using Softmax = OnlineSoftmax<kStartsEmpty>;
 
 // The factors that normalise the thread's two rows; writes their lse. Rows at or past the length get 0 and -inf.
 JF_DEVICE void finish(const Sm90ForwardArgs& args, const Work& work, int warp_row, Softmax& softmax,

@@ -11,8 +11,8 @@
 // first.
 //
 // Block: one producer warpgroup (one thread issues every load) and kGroups = queries / 64 consumer warpgroups.
-// A group lets key tiles pass that none of its rows sees. A consumer computes S(n-1) = Q K(n-1)^T and O += P(n) V(n) in one batch of wgmma, waits for both, and turns S(n-1)
-// into P(n-1). What hides its waits are the other groups.
+// A group lets key tiles pass that none of its rows sees. A consumer computes S(n-1) = Q K(n-1)^T and O += P(n) V(n) in
+// one batch of wgmma, waits for both, and turns S(n-1) into P(n-1). What hides its waits are the other groups.
 //
 //   head   tile        groups  registers   stages
 //   64     192 x 128   3       32 + 3*160  4
