@@ -14,6 +14,8 @@ namespace jf {
 
 constexpr int kScores = kKeys / 4;                                     // accumulator registers: 64 queries x kKeys / 2
 constexpr int kHeadBlocks = kHead / 128, kValueBlocks = kValue / 128;  // of a warpgroup, 64 elements each
+// Whether S of the next step starts under the last addition to dq; turns and some features leave too few registers.
+constexpr bool kStartsEarly = !kTurns && !kSpec.softcap && !kSpec.bias() && !kSpec.mask && !kSpec.segment_ids;
 static_assert(kQueries == 64 && kKeys % 16 == 0 && kKvStages == 1 && kQStages == 2 && kDoutStages == 1 && !kOwnDq);
 
 struct Shared : Rings {
@@ -107,10 +109,12 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
                          descriptor_after(k_rows, i / 4 * kKeys * 128 + i % 4 * 32), i != 0);
     }
   };
-  if (tile.query_tiles.size() > 0) start_scores(tile.query_tiles.begin);
-  wgmma_commit();
-  wgmma_wait<0>();
-  pin(s);
+  if constexpr (kStartsEarly) {
+    if (tile.query_tiles.size() > 0) start_scores(tile.query_tiles.begin);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(s);
+  }
 
   for_each_step(args, tile, [&](int head, int m, bool last) {
     const int query0 = m * kQueries;
@@ -119,6 +123,10 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     const u64 dout_columns = descriptor_mn_major(dout_tile + g * kValueBlocks * kQueries * 128, 0);
     const u32 p_tile = shared_address(shared.p[step & 1]), ds_tile = shared_address(shared.ds[step & 1]);
     const u64 p_rows = descriptor_k_major(p_tile), ds_columns = descriptor_mn_major(ds_tile, 0);
+    if constexpr (!kStartsEarly) {
+      start_scores(m);
+      wgmma_commit();
+    }
     wgmma_fence();
     barrier_wait(barrier_of(shared.dout_full, 0), dout_ring.parity);
 #pragma unroll
@@ -129,6 +137,10 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     wgmma_commit();
     issue_dk(step - 1, step == 0 ? 0 : q_ring.slot ^ 1);  // slot 1 is being filled in step 0
 
+    if constexpr (!kStartsEarly) {
+      wgmma_wait<2>();
+      pin(s);
+    }
     const Range own_keys{key0 + g * (kKeys / 2), key0 + (g + 1) * (kKeys / 2)};
     const Fragment<false> at = warp_fragment<false>(query0 + warp * 16, own_keys.begin);
     const Score score = score_of(p, args.features, tile.batch, head);
@@ -208,12 +220,16 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     }
     q_ring.advance();
     dout_ring.advance();
-    if (!last) start_scores(m + 1 == tile.query_tiles.end ? tile.query_tiles.begin : m + 1);
-    wgmma_commit();
+    if constexpr (kStartsEarly) {
+      if (!last) start_scores(m + 1 == tile.query_tiles.end ? tile.query_tiles.begin : m + 1);
+      wgmma_commit();
+    }
     add_dq(kHeadBlocks - 1);
     if constexpr (kTurns) barrier_arrive(barrier_of(shared.turn_used, step & 1));
-    wgmma_wait<0>();
-    pin(s);
+    if constexpr (kStartsEarly) {
+      wgmma_wait<0>();
+      pin(s);
+    }
     step++;
   });
 
