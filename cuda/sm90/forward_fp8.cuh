@@ -11,8 +11,8 @@
 // first.
 //
 // Block: one producer warpgroup (one thread issues every load) and kGroups = queries / 64 consumer warpgroups.
-// A group lets key tiles pass that none of its rows sees. A consumer computes S(n-1) = Q K(n-1)^T and O += P(n) V(n) in one batch of wgmma, waits for both, and turns S(n-1)
-// into P(n-1). What hides its waits are the other groups.
+// A group lets key tiles pass that none of its rows sees. A consumer computes S(n-1) = Q K(n-1)^T and O += P(n) V(n) in
+// one batch of wgmma, waits for both, and turns S(n-1) into P(n-1). What hides its waits are the other groups.
 //
 //   head   tile        groups  registers   stages
 //   64     192 x 128   3       32 + 3*160  4
@@ -27,8 +27,10 @@
 //   barrier     arrives                     waits
 //   q_full      producer + TMA              consumers, before a tile's first product
 //   q_free      each group                  producer: all groups have read Q of the item before
-//   k/v_full    producer + TMA              consumers
-//   slot_free   each group                  producer: all groups are done with K, V and scales of the slot
+//   k_full      producer, its scales + TMA  consumers
+//   v_full      producer + TMA              consumers
+//   k_free      each group                  producer, with two stages: all groups are done with K of the slot
+//   v_free      each group                  producer: ... with V, and with K
 //   item_full   producer                    consumers: the index of the next item is there
 //   item_free   each group                  producer: all are done with the item before, and so with its index
 //
@@ -57,7 +59,10 @@ constexpr int kRowBytes = kHead < 128 ? kHead : 128;      // of a swizzled row o
 constexpr int kAtoms = kHead / kRowBytes;                 // such rows in a row of Q or K
 constexpr int kLag = 4;                                   // steps between the stages of the exponentials' pipeline
 constexpr int kTileBytes = kKeys * kHead;
-constexpr float kTop = 4.f;         // p is 2^kTop where the score is m
+// With two stages K of the next tile must not wait for V of the one before last.
+constexpr bool kFreesKeysFirst = kStages == 2;
+constexpr int kScaleSlots = kFreesKeysFirst ? 2 * kStages : kStages;  // scales may be read a little longer than K
+constexpr float kTop = 4.f;                                           // p is 2^kTop where the score is m
 constexpr float kOverflow = 256.f;  // of a sum of 8 values of p: then none exceeds what e4m3 holds
 // Least k_scale, and least factor of it: their product times a score, -inf included, is never NaN.
 constexpr float kLeastKeyScale = 1.f / (1ull << 58), kLeastFactor = 1.f / (1ull << 63);
@@ -81,9 +86,9 @@ struct alignas(1024) Shared {
   unsigned char out[kQueries * kHead * 2];
   unsigned char k[kStages][kTileBytes];
   unsigned char v[kStages][kTileBytes];
-  BlockScale scales[kStages][kBlocks];
+  BlockScale scales[kScaleSlots][kBlocks];
   u64 q_full, q_free, item_full, item_free;
-  u64 k_full[kStages], v_full[kStages], slot_free[kStages];
+  u64 k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
   int items[2];                          // index of the item of each parity
   unsigned char nan_rows[2 * kQueries];  // bit r: row r of a consumer thread holds NaN; only of int8
 };
@@ -94,6 +99,7 @@ static_assert(sizeof(Shared) <= 232448);
 struct Progress {
   u32 count;
   JF_DEVICE u32 slot() const { return count % kStages; }
+  JF_DEVICE u32 scales() const { return count % kScaleSlots; }
   JF_DEVICE u32 pass() const { return count / kStages % 2; }
   JF_DEVICE u32 item() const { return count >> 31; }
   JF_DEVICE void next_tile() { count++; }
@@ -300,11 +306,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
       const u32 k_full = shared_address(&shared.k_full[at.slot()]), v_full = shared_address(&shared.v_full[at.slot()]);
       const int block = min(n * kBlocks + lane_id(), blocks - 1);
       const float k_scale = __ldg(k_scales + block), v_scale = __ldg(v_scales + block);
-      barrier_wait(shared_address(&shared.slot_free[at.slot()]), at.pass() ^ 1);
-      if (lane_id() < kBlocks) {
-        shared.scales[at.slot()][lane_id()] = {bounded(k_scale, kLeastKeyScale), log2_fast(v_scale), 1.f / v_scale};
-      }
-      __syncwarp();  // before the leader's arrival, which hands the scales over
+      wait_together(shared_address(&(kFreesKeysFirst ? shared.k_free : shared.v_free)[at.slot()]), at.pass() ^ 1);
       if (leads) {
         barrier_arrive_expect(k_full, kTileBytes);
 #pragma unroll
@@ -312,6 +314,14 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
           tma_load(shared_address(shared.k[at.slot()]) + atom * kKeys * kRowBytes, args.k, k_full, atom * kRowBytes,
                    item.kv_head, n * kKeys, k_entry);
         }
+      }
+      if (lane_id() < kBlocks) {
+        shared.scales[at.scales()][lane_id()] = {bounded(k_scale, kLeastKeyScale), log2_fast(v_scale), 1.f / v_scale};
+      }
+      __syncwarp();  // before the leader's arrival, which hands the scales over
+      if (leads) {
+        barrier_arrive(k_full);
+        barrier_wait(shared_address(&shared.v_free[at.slot()]), at.pass() ^ 1);
         barrier_arrive_expect(v_full, kTileBytes);
         tma_load(shared_address(shared.v[at.slot()]), args.v, v_full, 0, 0, n * (kKeys / kValueChunk),
                  v_entry * p.kv_heads + item.kv_head);
@@ -344,6 +354,9 @@ struct Consumer {
   JF_DEVICE void wait_v(Progress at) const { barrier_wait(shared_address(&shared.v_full[at.slot()]), at.pass()); }
   JF_DEVICE void arrive(u64& barrier) const {
     if (thread() == 0) barrier_arrive(shared_address(&barrier));
+  }
+  JF_DEVICE void free_k() const {
+    if constexpr (kFreesKeysFirst) arrive(shared.k_free[progress.slot()]);
   }
 
   JF_DEVICE int index() const { return *static_cast<volatile int*>(&shared.items[progress.item()]); }
@@ -383,7 +396,8 @@ struct Consumer {
       wait_k();
       wait_v(progress);
       named_sync(1 + group(), 128);  // no warp still waits for these phases when the next ones may end
-      arrive(shared.slot_free[progress.slot()]);
+      free_k();
+      arrive(shared.v_free[progress.slot()]);
     }
   }
 
@@ -422,7 +436,7 @@ struct Consumer {
     const auto load_scales = [&] {
 #pragma unroll
       for (int b = 0; b < kBlocks; b++) {
-        scales[b] = shared.scales[progress.slot()][b];
+        scales[b] = shared.scales[progress.scales()][b];
         scales[b].unit *= factor;
       }
     };
@@ -430,7 +444,11 @@ struct Consumer {
     const auto probabilities = [&](int n) {
       Scores floats;
       Scores& s = as_floats(sums, floats);
-      if constexpr (kIntegers) restore_nan_keys(s, scales);
+      if constexpr (kIntegers) {
+        restore_nan_keys(s, scales);
+        if constexpr (kFreesKeysFirst) named_sync(1 + group(), 128);  // every warp has read its keys
+      }
+      free_k();
       const Fragment<false> at = warp_fragment<false>(warp_row, n * kKeys);
       if constexpr (!kPlainScores) {
 #pragma unroll
@@ -483,7 +501,7 @@ struct Consumer {
         pin(sums);
         pin(o);
         pin(p);
-        arrive(shared.slot_free[values.slot()]);
+        arrive(shared.v_free[values.slot()]);
         if (n == tiles.begin) arrive(shared.q_free);  // the next item's Q may come while this one ends
         if (probabilities(n)) {
 #pragma unroll
@@ -496,7 +514,7 @@ struct Consumer {
       wgmma_commit();
       wgmma_wait<0>();
       pin(o);
-      arrive(shared.slot_free[progress.slot()]);
+      arrive(shared.v_free[progress.slot()]);
       progress.next_tile();
       if constexpr (kSpec.window_left) skip(uniform(tiles.begin - item_of(args, index()).key_tiles.begin));
     }
@@ -571,9 +589,10 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
     for (u64* barrier : {&shared.q_full, &shared.item_full}) barrier_init(shared_address(barrier), 1);
     for (u64* barrier : {&shared.q_free, &shared.item_free}) barrier_init(shared_address(barrier), kGroups);
     for (int i = 0; i < kStages; i++) {
-      barrier_init(shared_address(&shared.k_full[i]), 1);
+      barrier_init(shared_address(&shared.k_full[i]), 2);
       barrier_init(shared_address(&shared.v_full[i]), 1);
-      barrier_init(shared_address(&shared.slot_free[i]), kGroups);
+      barrier_init(shared_address(&shared.k_free[i]), kGroups);
+      barrier_init(shared_address(&shared.v_free[i]), kGroups);
     }
     barrier_init_fence();
   }
