@@ -12,7 +12,8 @@
 //
 // Block: one producer warpgroup (one thread issues every load) and kGroups = queries / 64 consumer warpgroups.
 // A group lets key tiles pass that none of its rows sees. A consumer computes S(n-1) = Q K(n-1)^T and O += P(n) V(n) in
-// one batch of wgmma, waits for both, and turns S(n-1) into P(n-1). What hides its waits are the other groups.
+// one batch of wgmma, waits for both, and turns S(n-1) into P(n-1). What hides its waits are the other groups; at head
+// size 256 they take turns, so that the products of one run under the softmax of the other.
 //
 //   head   tile        groups  registers   stages
 //   64     192 x 128   3       32 + 3*160  4
@@ -33,6 +34,8 @@
 //   v_free      each group                  producer: ... with V, and with K
 //   item_full   producer                    consumers: the index of the next item is there
 //   item_free   each group                  producer: all are done with the item before, and so with its index
+//   named 1 + group            the group's own
+//   named 1 + kGroups + group  this group, the one before: the group's turn to start products
 //
 // Softmax: the maximum is not computed for each tile. Exponentials go ahead with the m of the tiles before; if any sum
 // of 8 of them reaches 2^8 (e4m3 ends at 448), the warp finds the true maximum, raises m and does the tile again. So a
@@ -61,6 +64,7 @@ constexpr int kLag = 4;                                   // steps between the s
 constexpr int kTileBytes = kKeys * kHead;
 // With two stages K of the next tile must not wait for V of the one before last.
 constexpr bool kFreesKeysFirst = kStages == 2;
+constexpr bool kTurns = kHead == 256 && kGroups == 2;
 constexpr int kScaleSlots = kFreesKeysFirst ? 2 * kStages : kStages;  // scales may be read a little longer than K
 constexpr float kTop = 4.f;                                           // p is 2^kTop where the score is m
 constexpr float kOverflow = 256.f;  // of a sum of 8 values of p: then none exceeds what e4m3 holds
@@ -342,6 +346,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
 struct Consumer {
   const Sm90Fp8Args& args;
   Shared& shared;
+  const int turn = kTurns ? uniform(group()) : 0;  // the group's place in their order
   Progress progress = {0};
   Fp8Softmax softmax = {};
 
@@ -357,6 +362,14 @@ struct Consumer {
   }
   JF_DEVICE void free_k() const {
     if constexpr (kFreesKeysFirst) arrive(shared.k_free[progress.slot()]);
+  }
+
+  // One turn of each group for every key tile of an item, passed on before anything that waits for the other group.
+  JF_DEVICE void wait_turn() const {
+    if constexpr (kTurns) named_sync(1 + kGroups + turn, 256);
+  }
+  JF_DEVICE void pass_turn() const {
+    if constexpr (kTurns) named_arrive(1 + kGroups + (turn + 1) % kGroups, 256);
   }
 
   JF_DEVICE int index() const { return *static_cast<volatile int*>(&shared.items[progress.item()]); }
@@ -394,6 +407,8 @@ struct Consumer {
 #pragma unroll 1
     for (; count > 0; count--, progress.next_tile()) {
       wait_k();
+      wait_turn();
+      pass_turn();
       wait_v(progress);
       named_sync(1 + group(), 128);  // no warp still waits for these phases when the next ones may end
       free_k();
@@ -476,9 +491,11 @@ struct Consumer {
       arrive(shared.q_free);
     } else {
       wait_k();
+      wait_turn();
       wgmma_fence();
       scores(sums, q, k + progress.slot() * (kTileBytes / 16));
       wgmma_commit();
+      pass_turn();
       load_scales();
       wgmma_wait<0>();
       pin(sums);
@@ -489,6 +506,7 @@ struct Consumer {
         const Progress values = progress;
         progress.next_tile();
         wait_k();
+        wait_turn();
         pin(p);
         wgmma_fence();
         scores(sums, q, k + progress.slot() * (kTileBytes / 16));
@@ -496,6 +514,7 @@ struct Consumer {
         wait_v(values);
         accumulate(o, p, v + values.slot() * (kTileBytes / 16), n == tiles.end - 2);
         wgmma_commit();
+        pass_turn();
         load_scales();
         wgmma_wait<0>();
         pin(sums);
@@ -567,6 +586,7 @@ struct Consumer {
   }
 
   JF_DEVICE void run() {
+    if (kTurns && turn == kGroups - 1) pass_turn();  // to the first
     while (index() < args.items) {
       compute();
       barrier_wait(shared_address(&shared.item_full), progress.item());
@@ -574,6 +594,7 @@ struct Consumer {
       arrive(shared.item_free);
       progress.next_item();
     }
+    if (kTurns && turn == 0) wait_turn();  // what the last group passed
     if (thread() == 0) bulk_wait<0>();
   }
 };
