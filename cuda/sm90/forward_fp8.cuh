@@ -32,8 +32,8 @@
 //   v_full      producer + TMA              consumers
 //   k_free      each group                  producer, with two stages: all groups are done with K of the slot
 //   v_free      each group                  producer: ... with V, and with K
-//   item_full   producer                    consumers: the index of the next item is there
-//   item_free   each group                  producer: all are done with the item before, and so with its index
+//   item_full   producer                    consumers: the next item is there
+//   item_free   each group                  producer: all are done with the item before
 //   named 1 + group            the group's own
 //   named 1 + kGroups + group  this group, the one before: the group's turn to start products
 //
@@ -85,6 +85,12 @@ struct alignas(16) BlockScale {
   float inverse;  // 1 / the value's scale
 };
 
+struct Item {
+  int row0, head, kv_head, batch;  // row0 < 0: there is no more work
+  Range key_tiles;
+  IdBounds q_ids;  // with segment ids
+};
+
 struct alignas(1024) Shared {
   unsigned char q[kQueries * kHead];
   unsigned char out[kQueries * kHead * 2];
@@ -93,7 +99,7 @@ struct alignas(1024) Shared {
   BlockScale scales[kScaleSlots][kBlocks];
   u64 q_full, q_free, item_full, item_free;
   u64 k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
-  int items[2];                          // index of the item of each parity
+  Item items[2];                         // of each parity
   unsigned char nan_rows[2 * kQueries];  // bit r: row r of a consumer thread holds NaN; only of int8
 };
 static_assert(sizeof(Shared) <= 232448);
@@ -110,14 +116,9 @@ struct Progress {
   JF_DEVICE void next_item() { count ^= 1u << 31; }
 };
 
-struct Item {
-  int row0, head, kv_head, batch;
-  Range key_tiles;
-  IdBounds q_ids;  // with segment ids
-};
-
 JF_DEVICE Item item_of(const Sm90Fp8Args& args, int index) {
   const Problem& p = args.problem;
+  if (index >= args.items) return {-1};
   int tile, pair;
   if constexpr (kSpec.causal) {
     const int per_section = args.section * args.q_tiles, section = index / per_section, inside = index % per_section;
@@ -291,8 +292,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
   const int blocks = ceil_div(p.kv_len, kScaleBlock);
   const u32 q_full = shared_address(&shared.q_full);
   Progress at = {0};
-  for (int index = blockIdx.x; index < args.items; at.next_item()) {
-    const Item item = item_of(args, index);
+  for (Item item = shared.items[0]; item.row0 >= 0; at.next_item()) {
     const int k_entry = p.k_batch(item.batch), v_entry = p.v_batch(item.batch);
     const float* k_scales = scales_of(args.k_scale, k_entry, p.kv_heads, item.kv_head, blocks);
     const float* v_scales = scales_of(args.v_scale, v_entry, p.kv_heads, item.kv_head, blocks);
@@ -332,11 +332,10 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
       }
       __syncwarp();
     }
-    if (leads) index = atomicAdd(args.counter, 1) + gridDim.x;
-    index = __shfl_sync(~0u, index, 0);
+    item = item_of(args, gridDim.x + uniform(leads ? atomicAdd(args.counter, 1) : 0));
     wait_together(shared_address(&shared.item_free), at.item() ^ 1);
     if (leads) {
-      shared.items[at.item() ^ 1] = index;
+      shared.items[at.item() ^ 1] = item;
       barrier_arrive(shared_address(&shared.item_full));
     }
   }
@@ -372,7 +371,7 @@ struct Consumer {
     if constexpr (kTurns) named_arrive(1 + kGroups + (turn + 1) % kGroups, 256);
   }
 
-  JF_DEVICE int index() const { return *static_cast<volatile int*>(&shared.items[progress.item()]); }
+  JF_DEVICE const Item& item() const { return shared.items[progress.item()]; }
 
   // The scores of keys that hold NaN become NaN, and the marks are taken off the scales.
   JF_DEVICE void restore_nan_keys(float (&s)[kScores], BlockScale (&scales)[kBlocks]) const {
@@ -418,7 +417,7 @@ struct Consumer {
 
   JF_DEVICE void compute() {
     const Problem& problem = args.problem;
-    const Item item = item_of(args, index());
+    const Item& item = this->item();
     const CallBand band = band_of(problem, args.features, item.batch);
     const int group_row = item.row0 + group() * 64, warp_row = item.row0 + row_in_tile();
     const u32 q = rows_low(shared_address(shared.q) + group() * 64 * kRowBytes), k = rows_low(shared_address(shared.k)),
@@ -535,7 +534,7 @@ struct Consumer {
       pin(o);
       arrive(shared.v_free[progress.slot()]);
       progress.next_tile();
-      if constexpr (kSpec.window_left) skip(uniform(tiles.begin - item_of(args, index()).key_tiles.begin));
+      if constexpr (kSpec.window_left) skip(uniform(tiles.begin - this->item().key_tiles.begin));
     }
     finish(o);
   }
@@ -544,7 +543,7 @@ struct Consumer {
   // length.
   JF_DEVICE void finish(float (&o)[kOutputs]) const {
     const Problem& problem = args.problem;
-    const Item item = item_of(args, index());
+    const Item& item = this->item();
     const int q_end = band_of(problem, args.features, item.batch).q_end;
     float factor[2];
 #pragma unroll
@@ -587,7 +586,7 @@ struct Consumer {
 
   JF_DEVICE void run() {
     if (kTurns && turn == kGroups - 1) pass_turn();  // to the first
-    while (index() < args.items) {
+    while (item().row0 >= 0) {
       compute();
       barrier_wait(shared_address(&shared.item_full), progress.item());
       named_sync(1 + group(), 128);  // no warp still waits for this phase when the next one may end
@@ -606,7 +605,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
   using namespace jf;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
   if (threadIdx.x == 0) {
-    shared.items[0] = blockIdx.x;
+    shared.items[0] = item_of(args, blockIdx.x);
     for (u64* barrier : {&shared.q_full, &shared.item_full}) barrier_init(shared_address(barrier), 1);
     for (u64* barrier : {&shared.q_free, &shared.item_free}) barrier_init(shared_address(barrier), kGroups);
     for (int i = 0; i < kStages; i++) {
