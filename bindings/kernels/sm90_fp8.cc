@@ -31,7 +31,8 @@ Sm90Fp8Tiles ChooseTiles(const Call& call) {
 size_t SharedBytes(const Sm90Fp8Tiles& tiles) {
   const size_t q = tiles.queries * tiles.head, slot = 2 * tiles.keys * tiles.head;
   const size_t scales = std::max(4, tiles.stages) * (tiles.keys / kScaleBlock) * 16;
-  const size_t barriers = 8 * (4 + 4 * tiles.stages), items = 2 * 32, nan_rows = 2 * tiles.queries;
+  const size_t barriers = 8 * (4 + 4 * tiles.stages), items = 2 * (32 + tiles.queries / kScaleBlock * 4),
+               nan_rows = 2 * tiles.queries;
   return (3 * q + tiles.stages * slot + scales + barriers + items + nan_rows + 1023) / 1024 * 1024;
 }
 

@@ -32,7 +32,7 @@
 //   v_full      producer + TMA              consumers
 //   k_free      each group                  producer, with two stages: all groups are done with K of the slot
 //   v_free      each group                  producer: ... with V, and with K
-//   item_full   producer                    consumers: the next item is there
+//   item_full   producer                    consumers: the next item and the scales of its queries are there
 //   item_free   each group                  producer: all are done with the item before
 //   named 1 + group            the group's own
 //   named 1 + kGroups + group  this group, the one before: the group's turn to start products
@@ -99,8 +99,9 @@ struct alignas(1024) Shared {
   BlockScale scales[kScaleSlots][kBlocks];
   u64 q_full, q_free, item_full, item_free;
   u64 k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
-  Item items[2];                         // of each parity
-  unsigned char nan_rows[2 * kQueries];  // bit r: row r of a consumer thread holds NaN; only of int8
+  Item items[2];                              // of each parity
+  float q_scales[2][kQueries / kScaleBlock];  // of an item's queries
+  unsigned char nan_rows[2 * kQueries];       // bit r: row r of a consumer thread holds NaN; only of int8
 };
 static_assert(sizeof(Shared) <= 232448);
 
@@ -279,6 +280,20 @@ struct Fp8Softmax {
 // The same value in every lane, said so that the compiler keeps it, and what follows from it, in uniform registers.
 JF_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
+// Scale of the item's queries in block number `lane`.
+JF_DEVICE float q_scale_of(const Sm90Fp8Args& args, const Item& item) {
+  const Problem& p = args.problem;
+  const int blocks = ceil_div(p.q_len, kScaleBlock);
+  return __ldg(scales_of(args.q_scale, p.q_batch(item.batch), p.q_heads, item.head, blocks) +
+               min(item.row0 / kScaleBlock + lane_id(), blocks - 1));
+}
+
+// Makes an item the one of its parity; a warp does it, and a barrier must follow.
+JF_DEVICE void publish(Shared& shared, u32 parity, const Item& item, float q_scale) {
+  if (lane_id() == 0) shared.items[parity] = item;
+  if (lane_id() < kQueries / kScaleBlock) shared.q_scales[parity][lane_id()] = q_scale;
+}
+
 // For the producer's warp: no lane still waits for a phase when the leader lets the next one come.
 JF_DEVICE void wait_together(u32 barrier, u32 parity) {
   barrier_wait(barrier, parity);
@@ -333,11 +348,11 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
       __syncwarp();
     }
     item = item_of(args, gridDim.x + uniform(leads ? atomicAdd(args.counter, 1) : 0));
+    const float q_scale = item.row0 < 0 ? 0.f : q_scale_of(args, item);
     wait_together(shared_address(&shared.item_free), at.item() ^ 1);
-    if (leads) {
-      shared.items[at.item() ^ 1] = item;
-      barrier_arrive(shared_address(&shared.item_full));
-    }
+    publish(shared, at.item() ^ 1, item, q_scale);
+    __syncwarp();
+    if (leads) barrier_arrive(shared_address(&shared.item_full));
   }
 }
 
@@ -428,10 +443,7 @@ struct Consumer {
     CallBand keys_band = band;
     keys_band.q_end = kFar;  // rows past the end are dropped by the store: a partial tile masks no more than a full one
     const Score score = score_of(problem, args.features, item.batch, item.head);
-    const int q_blocks = ceil_div(problem.q_len, kScaleBlock);
-    const float q_scale =
-        __ldg(scales_of(args.q_scale, problem.q_batch(item.batch), problem.q_heads, item.head, q_blocks) +
-              min(warp_row / kScaleBlock, q_blocks - 1));
+    const float q_scale = shared.q_scales[progress.item()][row_in_tile() / kScaleBlock];
     const float factor =
         fmaxf((kIntegers ? fabsf(q_scale) : q_scale) * (kPlainScores ? score.scale_log2 : 1.f), kLeastFactor);
 
@@ -604,8 +616,11 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
     sm90_forward_fp8(const __grid_constant__ jf::Sm90Fp8Args args) {
   using namespace jf;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+  if (threadIdx.x < 32) {
+    const Item item = item_of(args, blockIdx.x);
+    publish(shared, 0, item, q_scale_of(args, item));
+  }
   if (threadIdx.x == 0) {
-    shared.items[0] = item_of(args, blockIdx.x);
     for (u64* barrier : {&shared.q_full, &shared.item_full}) barrier_init(shared_address(barrier), 1);
     for (u64* barrier : {&shared.q_free, &shared.item_free}) barrier_init(shared_address(barrier), kGroups);
     for (int i = 0; i < kStages; i++) {
