@@ -29,9 +29,11 @@ Sm90Fp8Tiles ChooseTiles(const Call& call) {
 
 // sizeof the kernel's struct Shared.
 size_t SharedBytes(const Sm90Fp8Tiles& tiles) {
-  const size_t q = tiles.queries * tiles.head, slot = 2 * tiles.keys * tiles.head + tiles.keys / kScaleBlock * 16;
-  const size_t barriers = 8 * (4 + 3 * tiles.stages) + 8, nan_rows = 2 * tiles.queries;
-  return (3 * q + tiles.stages * slot + barriers + nan_rows + 1023) / 1024 * 1024;
+  const size_t q = tiles.queries * tiles.head, slot = 2 * tiles.keys * tiles.head;
+  const size_t scales = std::max(4, tiles.stages) * (tiles.keys / kScaleBlock) * 16;
+  const size_t barriers = 8 * (4 + 4 * tiles.stages), items = 2 * (32 + tiles.queries / kScaleBlock * 4),
+               nan_rows = 2 * tiles.queries;
+  return (3 * q + tiles.stages * slot + scales + barriers + items + nan_rows + 1023) / 1024 * 1024;
 }
 
 constexpr int kQuantizeThreads = 256;

@@ -12,7 +12,8 @@
 //
 // Block: one producer warpgroup (one thread issues every load) and kGroups = queries / 64 consumer warpgroups.
 // A group lets key tiles pass that none of its rows sees. A consumer computes S(n-1) = Q K(n-1)^T and O += P(n) V(n) in
-// one batch of wgmma, waits for both, and turns S(n-1) into P(n-1). What hides its waits are the other groups.
+// one batch of wgmma, waits for both, and turns S(n-1) into P(n-1). What hides its waits are the other groups; at head
+// size 256 they take turns, so that the products of one run under the softmax of the other.
 //
 //   head   tile        groups  registers   stages
 //   64     192 x 128   3       32 + 3*160  4
@@ -27,10 +28,14 @@
 //   barrier     arrives                     waits
 //   q_full      producer + TMA              consumers, before a tile's first product
 //   q_free      each group                  producer: all groups have read Q of the item before
-//   k/v_full    producer + TMA              consumers
-//   slot_free   each group                  producer: all groups are done with K, V and scales of the slot
-//   item_full   producer                    consumers: the index of the next item is there
-//   item_free   each group                  producer: all are done with the item before, and so with its index
+//   k_full      producer, its scales + TMA  consumers
+//   v_full      producer + TMA              consumers
+//   k_free      each group                  producer, with two stages: all groups are done with K of the slot
+//   v_free      each group                  producer: ... with V, and with K
+//   item_full   producer                    consumers: the next item and the scales of its queries are there
+//   item_free   each group                  producer: all are done with the item before
+//   named 1 + group            the group's own
+//   named 1 + kGroups + group  this group, the one before: the group's turn to start products
 //
 // Softmax: the maximum is not computed for each tile. Exponentials go ahead with the m of the tiles before; if any sum
 // of 8 of them reaches 2^8 (e4m3 ends at 448), the warp finds the true maximum, raises m and does the tile again. So a
@@ -57,7 +62,11 @@ constexpr int kRowBytes = kHead < 128 ? kHead : 128;      // of a swizzled row o
 constexpr int kAtoms = kHead / kRowBytes;                 // such rows in a row of Q or K
 constexpr int kLag = 4;                                   // steps between the stages of the exponentials' pipeline
 constexpr int kTileBytes = kKeys * kHead;
-constexpr float kTop = 4.f;         // p is 2^kTop where the score is m
+// With two stages K of the next tile must not wait for V of the one before last.
+constexpr bool kFreesKeysFirst = kStages == 2;
+constexpr bool kTurns = kHead == 256 && kGroups == 2;
+constexpr int kScaleSlots = kFreesKeysFirst ? 2 * kStages : kStages;  // scales may be read a little longer than K
+constexpr float kTop = 4.f;                                           // p is 2^kTop where the score is m
 constexpr float kOverflow = 256.f;  // of a sum of 8 values of p: then none exceeds what e4m3 holds
 // Least k_scale, and least factor of it: their product times a score, -inf included, is never NaN.
 constexpr float kLeastKeyScale = 1.f / (1ull << 58), kLeastFactor = 1.f / (1ull << 63);
@@ -76,16 +85,23 @@ struct alignas(16) BlockScale {
   float inverse;  // 1 / the value's scale
 };
 
+struct Item {
+  int row0, head, kv_head, batch;  // row0 < 0: there is no more work
+  Range key_tiles;
+  IdBounds q_ids;  // with segment ids
+};
+
 struct alignas(1024) Shared {
   unsigned char q[kQueries * kHead];
   unsigned char out[kQueries * kHead * 2];
   unsigned char k[kStages][kTileBytes];
   unsigned char v[kStages][kTileBytes];
-  BlockScale scales[kStages][kBlocks];
+  BlockScale scales[kScaleSlots][kBlocks];
   u64 q_full, q_free, item_full, item_free;
-  u64 k_full[kStages], v_full[kStages], slot_free[kStages];
-  int items[2];                          // index of the item of each parity
-  unsigned char nan_rows[2 * kQueries];  // bit r: row r of a consumer thread holds NaN; only of int8
+  u64 k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+  Item items[2];                              // of each parity
+  float q_scales[2][kQueries / kScaleBlock];  // of an item's queries
+  unsigned char nan_rows[2 * kQueries];       // bit r: row r of a consumer thread holds NaN; only of int8
 };
 static_assert(sizeof(Shared) <= 232448);
 
@@ -94,20 +110,16 @@ static_assert(sizeof(Shared) <= 232448);
 struct Progress {
   u32 count;
   JF_DEVICE u32 slot() const { return count % kStages; }
+  JF_DEVICE u32 scales() const { return count % kScaleSlots; }
   JF_DEVICE u32 pass() const { return count / kStages % 2; }
   JF_DEVICE u32 item() const { return count >> 31; }
   JF_DEVICE void next_tile() { count++; }
   JF_DEVICE void next_item() { count ^= 1u << 31; }
 };
 
-struct Item {
-  int row0, head, kv_head, batch;
-  Range key_tiles;
-  IdBounds q_ids;  // with segment ids
-};
-
 JF_DEVICE Item item_of(const Sm90Fp8Args& args, int index) {
   const Problem& p = args.problem;
+  if (index >= args.items) return {-1};
   int tile, pair;
   if constexpr (kSpec.causal) {
     const int per_section = args.section * args.q_tiles, section = index / per_section, inside = index % per_section;
@@ -268,6 +280,20 @@ struct Fp8Softmax {
 // The same value in every lane, said so that the compiler keeps it, and what follows from it, in uniform registers.
 JF_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
+// Scale of the item's queries in block number `lane`.
+JF_DEVICE float q_scale_of(const Sm90Fp8Args& args, const Item& item) {
+  const Problem& p = args.problem;
+  const int blocks = ceil_div(p.q_len, kScaleBlock);
+  return __ldg(scales_of(args.q_scale, p.q_batch(item.batch), p.q_heads, item.head, blocks) +
+               min(item.row0 / kScaleBlock + lane_id(), blocks - 1));
+}
+
+// Makes an item the one of its parity; a warp does it, and a barrier must follow.
+JF_DEVICE void publish(Shared& shared, u32 parity, const Item& item, float q_scale) {
+  if (lane_id() == 0) shared.items[parity] = item;
+  if (lane_id() < kQueries / kScaleBlock) shared.q_scales[parity][lane_id()] = q_scale;
+}
+
 // For the producer's warp: no lane still waits for a phase when the leader lets the next one come.
 JF_DEVICE void wait_together(u32 barrier, u32 parity) {
   barrier_wait(barrier, parity);
@@ -281,8 +307,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
   const int blocks = ceil_div(p.kv_len, kScaleBlock);
   const u32 q_full = shared_address(&shared.q_full);
   Progress at = {0};
-  for (int index = blockIdx.x; index < args.items; at.next_item()) {
-    const Item item = item_of(args, index);
+  for (Item item = shared.items[0]; item.row0 >= 0; at.next_item()) {
     const int k_entry = p.k_batch(item.batch), v_entry = p.v_batch(item.batch);
     const float* k_scales = scales_of(args.k_scale, k_entry, p.kv_heads, item.kv_head, blocks);
     const float* v_scales = scales_of(args.v_scale, v_entry, p.kv_heads, item.kv_head, blocks);
@@ -300,11 +325,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
       const u32 k_full = shared_address(&shared.k_full[at.slot()]), v_full = shared_address(&shared.v_full[at.slot()]);
       const int block = min(n * kBlocks + lane_id(), blocks - 1);
       const float k_scale = __ldg(k_scales + block), v_scale = __ldg(v_scales + block);
-      barrier_wait(shared_address(&shared.slot_free[at.slot()]), at.pass() ^ 1);
-      if (lane_id() < kBlocks) {
-        shared.scales[at.slot()][lane_id()] = {bounded(k_scale, kLeastKeyScale), log2_fast(v_scale), 1.f / v_scale};
-      }
-      __syncwarp();  // before the leader's arrival, which hands the scales over
+      wait_together(shared_address(&(kFreesKeysFirst ? shared.k_free : shared.v_free)[at.slot()]), at.pass() ^ 1);
       if (leads) {
         barrier_arrive_expect(k_full, kTileBytes);
 #pragma unroll
@@ -312,19 +333,26 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
           tma_load(shared_address(shared.k[at.slot()]) + atom * kKeys * kRowBytes, args.k, k_full, atom * kRowBytes,
                    item.kv_head, n * kKeys, k_entry);
         }
+      }
+      if (lane_id() < kBlocks) {
+        shared.scales[at.scales()][lane_id()] = {bounded(k_scale, kLeastKeyScale), log2_fast(v_scale), 1.f / v_scale};
+      }
+      __syncwarp();  // before the leader's arrival, which hands the scales over
+      if (leads) {
+        barrier_arrive(k_full);
+        barrier_wait(shared_address(&shared.v_free[at.slot()]), at.pass() ^ 1);
         barrier_arrive_expect(v_full, kTileBytes);
         tma_load(shared_address(shared.v[at.slot()]), args.v, v_full, 0, 0, n * (kKeys / kValueChunk),
                  v_entry * p.kv_heads + item.kv_head);
       }
       __syncwarp();
     }
-    if (leads) index = atomicAdd(args.counter, 1) + gridDim.x;
-    index = __shfl_sync(~0u, index, 0);
+    item = item_of(args, gridDim.x + uniform(leads ? atomicAdd(args.counter, 1) : 0));
+    const float q_scale = item.row0 < 0 ? 0.f : q_scale_of(args, item);
     wait_together(shared_address(&shared.item_free), at.item() ^ 1);
-    if (leads) {
-      shared.items[at.item() ^ 1] = index;
-      barrier_arrive(shared_address(&shared.item_full));
-    }
+    publish(shared, at.item() ^ 1, item, q_scale);
+    __syncwarp();
+    if (leads) barrier_arrive(shared_address(&shared.item_full));
   }
 }
 
@@ -332,6 +360,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
 struct Consumer {
   const Sm90Fp8Args& args;
   Shared& shared;
+  const int turn = kTurns ? uniform(group()) : 0;  // the group's place in their order
   Progress progress = {0};
   Fp8Softmax softmax = {};
 
@@ -345,8 +374,19 @@ struct Consumer {
   JF_DEVICE void arrive(u64& barrier) const {
     if (thread() == 0) barrier_arrive(shared_address(&barrier));
   }
+  JF_DEVICE void free_k() const {
+    if constexpr (kFreesKeysFirst) arrive(shared.k_free[progress.slot()]);
+  }
 
-  JF_DEVICE int index() const { return *static_cast<volatile int*>(&shared.items[progress.item()]); }
+  // One turn of each group for every key tile of an item, passed on before anything that waits for the other group.
+  JF_DEVICE void wait_turn() const {
+    if constexpr (kTurns) named_sync(1 + kGroups + turn, 256);
+  }
+  JF_DEVICE void pass_turn() const {
+    if constexpr (kTurns) named_arrive(1 + kGroups + (turn + 1) % kGroups, 256);
+  }
+
+  JF_DEVICE const Item& item() const { return shared.items[progress.item()]; }
 
   // The scores of keys that hold NaN become NaN, and the marks are taken off the scales.
   JF_DEVICE void restore_nan_keys(float (&s)[kScores], BlockScale (&scales)[kBlocks]) const {
@@ -381,15 +421,18 @@ struct Consumer {
 #pragma unroll 1
     for (; count > 0; count--, progress.next_tile()) {
       wait_k();
+      wait_turn();
+      pass_turn();
       wait_v(progress);
       named_sync(1 + group(), 128);  // no warp still waits for these phases when the next ones may end
-      arrive(shared.slot_free[progress.slot()]);
+      free_k();
+      arrive(shared.v_free[progress.slot()]);
     }
   }
 
   JF_DEVICE void compute() {
     const Problem& problem = args.problem;
-    const Item item = item_of(args, index());
+    const Item& item = this->item();
     const CallBand band = band_of(problem, args.features, item.batch);
     const int group_row = item.row0 + group() * 64, warp_row = item.row0 + row_in_tile();
     const u32 q = rows_low(shared_address(shared.q) + group() * 64 * kRowBytes), k = rows_low(shared_address(shared.k)),
@@ -400,10 +443,7 @@ struct Consumer {
     CallBand keys_band = band;
     keys_band.q_end = kFar;  // rows past the end are dropped by the store: a partial tile masks no more than a full one
     const Score score = score_of(problem, args.features, item.batch, item.head);
-    const int q_blocks = ceil_div(problem.q_len, kScaleBlock);
-    const float q_scale =
-        __ldg(scales_of(args.q_scale, problem.q_batch(item.batch), problem.q_heads, item.head, q_blocks) +
-              min(warp_row / kScaleBlock, q_blocks - 1));
+    const float q_scale = shared.q_scales[progress.item()][row_in_tile() / kScaleBlock];
     const float factor =
         fmaxf((kIntegers ? fabsf(q_scale) : q_scale) * (kPlainScores ? score.scale_log2 : 1.f), kLeastFactor);
 
@@ -422,7 +462,7 @@ struct Consumer {
     const auto load_scales = [&] {
 #pragma unroll
       for (int b = 0; b < kBlocks; b++) {
-        scales[b] = shared.scales[progress.slot()][b];
+        scales[b] = shared.scales[progress.scales()][b];
         scales[b].unit *= factor;
       }
     };
@@ -430,7 +470,11 @@ struct Consumer {
     const auto probabilities = [&](int n) {
       Scores floats;
       Scores& s = as_floats(sums, floats);
-      if constexpr (kIntegers) restore_nan_keys(s, scales);
+      if constexpr (kIntegers) {
+        restore_nan_keys(s, scales);
+        if constexpr (kFreesKeysFirst) named_sync(1 + group(), 128);  // every warp has read its keys
+      }
+      free_k();
       const Fragment<false> at = warp_fragment<false>(warp_row, n * kKeys);
       if constexpr (!kPlainScores) {
 #pragma unroll
@@ -458,9 +502,11 @@ struct Consumer {
       arrive(shared.q_free);
     } else {
       wait_k();
+      wait_turn();
       wgmma_fence();
       scores(sums, q, k + progress.slot() * (kTileBytes / 16));
       wgmma_commit();
+      pass_turn();
       load_scales();
       wgmma_wait<0>();
       pin(sums);
@@ -471,6 +517,7 @@ struct Consumer {
         const Progress values = progress;
         progress.next_tile();
         wait_k();
+        wait_turn();
         pin(p);
         wgmma_fence();
         scores(sums, q, k + progress.slot() * (kTileBytes / 16));
@@ -478,12 +525,13 @@ struct Consumer {
         wait_v(values);
         accumulate(o, p, v + values.slot() * (kTileBytes / 16), n == tiles.end - 2);
         wgmma_commit();
+        pass_turn();
         load_scales();
         wgmma_wait<0>();
         pin(sums);
         pin(o);
         pin(p);
-        arrive(shared.slot_free[values.slot()]);
+        arrive(shared.v_free[values.slot()]);
         if (n == tiles.begin) arrive(shared.q_free);  // the next item's Q may come while this one ends
         if (probabilities(n)) {
 #pragma unroll
@@ -496,9 +544,9 @@ struct Consumer {
       wgmma_commit();
       wgmma_wait<0>();
       pin(o);
-      arrive(shared.slot_free[progress.slot()]);
+      arrive(shared.v_free[progress.slot()]);
       progress.next_tile();
-      if constexpr (kSpec.window_left) skip(uniform(tiles.begin - item_of(args, index()).key_tiles.begin));
+      if constexpr (kSpec.window_left) skip(uniform(tiles.begin - this->item().key_tiles.begin));
     }
     finish(o);
   }
@@ -507,7 +555,7 @@ struct Consumer {
   // length.
   JF_DEVICE void finish(float (&o)[kOutputs]) const {
     const Problem& problem = args.problem;
-    const Item item = item_of(args, index());
+    const Item& item = this->item();
     const int q_end = band_of(problem, args.features, item.batch).q_end;
     float factor[2];
 #pragma unroll
@@ -549,13 +597,15 @@ struct Consumer {
   }
 
   JF_DEVICE void run() {
-    while (index() < args.items) {
+    if (kTurns && turn == kGroups - 1) pass_turn();  // to the first
+    while (item().row0 >= 0) {
       compute();
       barrier_wait(shared_address(&shared.item_full), progress.item());
       named_sync(1 + group(), 128);  // no warp still waits for this phase when the next one may end
       arrive(shared.item_free);
       progress.next_item();
     }
+    if (kTurns && turn == 0) wait_turn();  // what the last group passed
     if (thread() == 0) bulk_wait<0>();
   }
 };
@@ -566,14 +616,18 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
     sm90_forward_fp8(const __grid_constant__ jf::Sm90Fp8Args args) {
   using namespace jf;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+  if (threadIdx.x < 32) {
+    const Item item = item_of(args, blockIdx.x);
+    publish(shared, 0, item, q_scale_of(args, item));
+  }
   if (threadIdx.x == 0) {
-    shared.items[0] = blockIdx.x;
     for (u64* barrier : {&shared.q_full, &shared.item_full}) barrier_init(shared_address(barrier), 1);
     for (u64* barrier : {&shared.q_free, &shared.item_free}) barrier_init(shared_address(barrier), kGroups);
     for (int i = 0; i < kStages; i++) {
-      barrier_init(shared_address(&shared.k_full[i]), 1);
+      barrier_init(shared_address(&shared.k_full[i]), 2);
       barrier_init(shared_address(&shared.v_full[i]), 1);
-      barrier_init(shared_address(&shared.slot_free[i]), kGroups);
+      barrier_init(shared_address(&shared.k_free[i]), kGroups);
+      barrier_init(shared_address(&shared.v_free[i]), kGroups);
     }
     barrier_init_fence();
   }
