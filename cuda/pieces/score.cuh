@@ -148,11 +148,11 @@ struct CappedLogits {
 JF_DEVICE float bias_value(unsigned short bits) { return to_float<kSpec.bias_dtype>(bits); }
 JF_DEVICE float bias_value(u32 bits) { return __int_as_float(bits); }
 
-// Two values of the bias to registers i and i + 1; `factor`: from logits to the unit of these.
+// Two values of the bias to registers i and i + 1.
 template <int N>
-JF_DEVICE void add_bias(float (&s)[N], int i, typename Words<kBiasBytes>::Two two, float factor = kLog2E) {
+JF_DEVICE void add_bias(float (&s)[N], int i, typename Words<kBiasBytes>::Two two) {
 #pragma unroll
-  for (int c = 0; c < 2; c++) s[i + c] = fmaf(bias_value(Words<kBiasBytes>::part(two, c)), factor, s[i + c]);
+  for (int c = 0; c < 2; c++) s[i + c] = fmaf(bias_value(Words<kBiasBytes>::part(two, c)), kLog2E, s[i + c]);
 }
 
 // Raw products become logits in log2 units, but for the bias; d(logit) / d(scale * raw) goes to `derivative` if there
