@@ -279,6 +279,7 @@ CASES: dict[str, Case] = {
     "bias of keys": _case("bias", broadcast=[("bias", 1), ("bias", 2)]),
     "bias of heads": _case("bias", broadcast=[("bias", 0), ("bias", 2), ("bias", 3)]),
     "bias, causal window": _case("bias", causal=True, window=(50, None)),
+    "bias in tiles": _case("bias", causal=True, bias_dtype="bfloat16", kv_len=136),  # TMA takes these strides
     "ALiBi": _case("alibi_slopes", causal=True),
     "ALiBi, offset": _case("alibi_slopes", "q_offset", broadcast=[("alibi_slopes", 0)]),
     "softcap": Case(softcap=2.0),

@@ -37,6 +37,7 @@ CASES = {
         ("growing scores", {**HEADS_128, **LONGER}),
         ("many heads of one key head", HEADS_128),
         ("growing scores, causal", {"head_dim": 256, "value_dim": 256, "dtype": "float16", **LONGER}),
+        ("bias in tiles", {**HEADS_128, "q_len": 400, "kv_len": 504}),
         ("window, offset", {**HEADS_128, "q_len": 500, "kv_len": 700, "deterministic": True}),
     ],
 }

@@ -44,6 +44,7 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
   const bool dynamic = Masks(spec) || spec.q_lengths || spec.kv_lengths;
   Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, bias_tiles};
   if (bias_tiles) {  // take no registers, but shared memory
+    tiles.q_registers = head > 64 && !spec.dropout;
     if (head > 64) tiles.q_stages = 1;
     return tiles;
   }
@@ -67,7 +68,7 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
 
 size_t SharedBytes(const Spec& spec, const Sm90ForwardTiles& tiles) {
   const size_t head = RoundUp(spec.head_dim, 64), value = RoundUp(spec.value_dim, 64);
-  const bool staged = tiles.q_stages == 2 || tiles.q_registers;
+  const bool staged = tiles.q_stages == 2 || (tiles.q_registers && !tiles.bias_tiles);
   const size_t q = tiles.q_stages * head + (staged ? value : 0);
   const size_t bias = tiles.bias_tiles ? tiles.stages * RoundUp(tiles.keys, 64) : 0;
   constexpr size_t kBarriersAndWork = 1024;

@@ -75,22 +75,27 @@ JF_DEVICE void cap_scores(float (&s)[N], float (&derivative)[M], const Score& sc
 }
 
 // A softcap as part of the softmax (softmax.cuh), where nothing is added to the capped scores: the exponents of raw
-// scores by three FMAs and a product each, unless one of those that a warp looks at together is far from zero. -inf is
-// a hidden pair.
+// scores by three FMAs and a product each, unless one of those that a warp looks at together is far from zero. The same
+// look serves the softmax's limit, as no logit is farther from zero than without the cap. -inf is a hidden pair.
 template <int kScoresAtOnce>
 struct CappedLogits {
   static constexpr int kAtOnce = kScoresAtOnce;
   static constexpr float kNear = 0.25f;  // of the cap: the relative error of a logit is under 5e-7
   const Problem& problem;
-  float near_square;  // of raw scores
   float linear, cubic, quintic;
 
   explicit JF_DEVICE CappedLogits(const Problem& p) : problem(p) {
     const float cap_in = p.scale / p.softcap, square = cap_in * cap_in;
-    near_square = kNear * kNear / square;
     linear = 0.999999604f * kLog2E * p.scale;
     cubic = -0.333219082f * kLog2E * p.scale * square;
     quintic = 0.128416129f * kLog2E * p.scale * square * square;
+  }
+
+  // Of squares of raw scores; negative: all are higher.
+  JF_DEVICE float bound(const float (&top)[2], float limit) const {
+    const float logit = fminf(kNear * afresh(problem.softcap), (fminf(top[0], top[1]) + limit) * kLn2);
+    const float score = logit * reciprocal(problem.scale);
+    return score * fabsf(score);
   }
 
   JF_DEVICE float near(float score, float square, float top) const {
@@ -105,17 +110,18 @@ struct CappedLogits {
       cap_in = problem.scale * reciprocal(softcap);
       cap_log2 = softcap * kLog2E;
     }
+    JF_DEVICE bool is_near(float score) const { return fabsf(score * cap_in) <= kNear; }
     JF_DEVICE float operator()(float score, float top) const {
       return score == -infinity() ? score : fmaf(tanh_exact(score * cap_in), cap_log2, -top);
     }
   };
   JF_DEVICE float logit(float score) const {
-    const float square = score * score;
-    return square <= near_square ? near(score, square, 0.f) : Far(problem)(score, 0.f);
+    const Far far(problem);
+    return far.is_near(score) ? near(score, score * score, 0.f) : far(score, 0.f);
   }
 
   template <int kBegin, int kEnd, int N>
-  JF_DEVICE void exponents(float (&s)[N], const float (&top)[2]) const {
+  JF_DEVICE bool exponents(float (&s)[N], const float (&top)[2], float bound) const {
     float exponent[kEnd - kBegin];
     int largest = 0;  // square, or NaN, as integers of the same bits
 #pragma unroll
@@ -125,26 +131,28 @@ struct CappedLogits {
 #pragma unroll
       for (int c = 0; c < 2; c++) exponent[i + c - kBegin] = near(s[i + c], square[c], top[fragment_row(i)]);
     }
-    if (__any_sync(~0u, largest > __float_as_int(near_square))) {
+    const bool high = __any_sync(~0u, largest > __float_as_int(bound));
+    if (high) {
       const Far far(problem);
 #pragma unroll
       for (int i = kBegin; i < kEnd; i++) {
-        if (!(s[i] * s[i] <= near_square)) exponent[i - kBegin] = far(s[i], top[fragment_row(i)]);
+        if (!far.is_near(s[i])) exponent[i - kBegin] = far(s[i], top[fragment_row(i)]);
       }
     }
 #pragma unroll
     for (int i = kBegin; i < kEnd; i++) s[i] = exponent[i - kBegin];
+    return high;
   }
 };
 
 JF_DEVICE float bias_value(unsigned short bits) { return to_float<kSpec.bias_dtype>(bits); }
 JF_DEVICE float bias_value(u32 bits) { return __int_as_float(bits); }
 
-// Two values of the bias to registers i and i + 1; `factor`: from logits to the unit of these.
+// Two values of the bias to registers i and i + 1.
 template <int N>
-JF_DEVICE void add_bias(float (&s)[N], int i, typename Words<kBiasBytes>::Two two, float factor = kLog2E) {
+JF_DEVICE void add_bias(float (&s)[N], int i, typename Words<kBiasBytes>::Two two) {
 #pragma unroll
-  for (int c = 0; c < 2; c++) s[i + c] = fmaf(bias_value(Words<kBiasBytes>::part(two, c)), factor, s[i + c]);
+  for (int c = 0; c < 2; c++) s[i + c] = fmaf(bias_value(Words<kBiasBytes>::part(two, c)), kLog2E, s[i + c]);
 }
 
 // Raw products become logits in log2 units, but for the bias; d(logit) / d(scale * raw) goes to `derivative` if there

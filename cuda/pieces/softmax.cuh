@@ -20,11 +20,14 @@ struct Linear {
   float unit;
 
   JF_DEVICE float logit(float score) const { return score * unit; }
-  // Scores kBegin to kEnd become logits less their row's top.
+  // Of what exponents() looks at, to tell that none is higher than `limit`.
+  JF_DEVICE float bound(const float (&)[2], float) const { return 0.f; }
+  // Scores kBegin to kEnd become logits less their row's top. Returns whether one in the warp may be too high.
   template <int kBegin, int kEnd, int N>
-  JF_DEVICE void exponents(float (&s)[N], const float (&top)[2]) const {
+  JF_DEVICE bool exponents(float (&s)[N], const float (&top)[2], float) const {
 #pragma unroll
     for (int i = kBegin; i < kEnd; i++) s[i] = fmaf(s[i], unit, -top[fragment_row(i)]);
+    return true;
   }
 };
 
@@ -33,6 +36,7 @@ template <bool kStartsEmpty>
 struct OnlineSoftmax {
   static constexpr float kThreshold = 8.f;
   float top[2];
+  float bound;      // by the tops and the threshold
   float sum[2];     // of this thread's columns only, until finish()
   int some_unseen;  // of the rows of the warp
 
@@ -93,6 +97,7 @@ struct OnlineSoftmax {
       top[r] = none ? 0.f : logits.logit(highest[r]);
       unseen |= none;
     }
+    bound = logits.bound(top, kThreshold);
     if constexpr (kStartsEmpty) some_unseen = __any_sync(~0u, unseen);
   }
 
@@ -113,11 +118,11 @@ struct OnlineSoftmax {
   // `step` of scores kBegin to kEnd; those before are probabilities.
   template <bool kFirst, int kBegin, int kEnd, class Logits, int N>
   JF_DEVICE bool part(float (&s)[N], float (&rescale)[2], const Logits& logits) {
-    logits.template exponents<kBegin, kEnd>(s, top);
+    const bool high = logits.template exponents<kBegin, kEnd>(s, top, bound);
     bool grown = false;
-    if constexpr (!kFirst) {
+    if (!kFirst && high) {
       grown = __any_sync(~0u, highest_bits<kBegin, kEnd>(s) > __float_as_int(kThreshold));
-      if (grown) raise<kBegin, kEnd>(s, rescale);
+      if (grown) raise<kBegin, kEnd>(s, rescale, logits);
     }
 #pragma unroll
     for (int i = kBegin; i < kEnd; i++) s[i] = exp2_fast(s[i]);
@@ -140,8 +145,8 @@ struct OnlineSoftmax {
   }
 
   // The tops rise to the highest exponents.
-  template <int kBegin, int kEnd, int N>
-  JF_DEVICE void raise(float (&s)[N], float (&rescale)[2]) {
+  template <int kBegin, int kEnd, class Logits, int N>
+  JF_DEVICE void raise(float (&s)[N], float (&rescale)[2], const Logits& logits) {
     float by[2], factor[2];
     row_maxima<kBegin, kEnd>(s, by);
 #pragma unroll
@@ -152,6 +157,7 @@ struct OnlineSoftmax {
       sum[r] *= factor[r];
       rescale[r] *= factor[r];
     }
+    bound = logits.bound(top, kThreshold);
 #pragma unroll
     for (int i = 0; i < kBegin; i++) s[i] *= factor[fragment_row(i)];
 #pragma unroll

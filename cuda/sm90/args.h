@@ -8,14 +8,14 @@ namespace jf {
 
 // Tiles of one variant of sm90/forward.cuh: `constexpr jf::Sm90ForwardTiles kTiles{...}` in variant.h.
 struct Sm90ForwardTiles {
-  int rows, keys;     // of a tile of scores; 64 rows a consumer warpgroup
-  int stages;         // of the ring of key and value tiles
-  int q_stages;       // 2: the next tile's queries arrive before this one's are done with; the output is staged
-  bool q_registers;   // queries wait in registers, not in shared memory, which then has room and bandwidth to spare
-  int packed;         // query heads of a key head whose rows share a tile; 1: each head has its own
-  bool dynamic;       // tiles are drawn from a counter, else dealt out in advance
-  bool ping_pong;     // the warpgroups take turns with the tensor cores
-  bool bias_tiles;    // TMA brings the bias, 16 bits each, with the keys; else each thread reads its own elements
+  int rows, keys;    // of a tile of scores; 64 rows a consumer warpgroup
+  int stages;        // of the ring of key and value tiles
+  int q_stages;      // 2: the next tile's queries arrive before this one's are done with; the output is staged
+  bool q_registers;  // queries wait in registers, not in shared memory, which then has room and bandwidth to spare
+  int packed;        // query heads of a key head whose rows share a tile; 1: each head has its own
+  bool dynamic;      // tiles are drawn from a counter, else dealt out in advance
+  bool ping_pong;    // the warpgroups take turns with the tensor cores
+  bool bias_tiles;   // TMA brings the bias, 16 bits each, with the keys; else each thread reads its own elements
 };
 
 struct Sm90ForwardArgs {

@@ -61,7 +61,7 @@ constexpr int kBiasAtoms = kTiles.bias_tiles ? (kKeys + 63) / 64 : 0, kBiasTileB
 constexpr int kOutBytes = kValueAtoms * kRows * 128;
 // Where a second slot for Q, or Q in registers, leaves room, the output is staged in shared memory; else it is written
 // from registers.
-constexpr bool kStaged = kQStages == 2 || kTiles.q_registers;
+constexpr bool kStaged = kQStages == 2 || (kTiles.q_registers && !kTiles.bias_tiles);
 
 // The diagonal cuts the last tile of keys. (With a mask array, the registers do not suffice for what is made of it.)
 constexpr bool kDiagonal = (kSpec.causal || kSpec.window_right) && !kSpec.mask;
@@ -238,17 +238,17 @@ struct QInRegisters {
   }
 };
 
-// S = Q K^T, started. k, v: descriptors of the first step.
+// S = Q K^T started, or S += Q K^T where S holds the bias. k: descriptor of the first step.
 template <class Q>
 JF_DEVICE void start_scores(float (&s)[kKeys / 2], const Q& q, u64 k) {
 #pragma unroll
   for (int step = 0; step < kHeadSteps; step++) {
     const u64 k_step = descriptor_after(k, step / 4 * (kKeys * 128) + step % 4 * 32);
     if constexpr (kTiles.q_registers) {
-      wgmma<kSpec.dtype>(s, q.words + 4 * step, k_step, step != 0);
+      wgmma<kSpec.dtype>(s, q.words + 4 * step, k_step, kTiles.bias_tiles || step != 0);
     } else {
       wgmma<kSpec.dtype>(s, descriptor_after(q.descriptor, step / 4 * (kRows * 128) + step % 4 * 32), k_step,
-                         step != 0);
+                         kTiles.bias_tiles || step != 0);
     }
   }
   wgmma_commit();
@@ -382,16 +382,16 @@ JF_DEVICE void write(const Sm90ForwardArgs& args, const Work& work, int warp_row
 constexpr bool kCapsInSoftmax = kSpec.softcap && !kSpec.alibi && !kSpec.bias();
 constexpr bool kRoomy = kHeadAtoms < 4 && kValueAtoms < 4;  // O leaves registers
 
-// The bias of the thread's registers, one instruction for each 16 keys: matrices as ldmatrix deals them out.
+// The bias in raw scores, from which the product goes on: matrices of 16 keys as ldmatrix deals them out.
 template <int N>
-JF_DEVICE void add_bias_tile(float (&s)[N], u32 tile, int warp_row, float factor) {
+JF_DEVICE void load_bias_tile(float (&s)[N], u32 tile, int warp_row, float inverse_scale) {
 #pragma unroll
   for (int step = 0; step < N / 8; step++) {
     u32 words[4];
     load_matrix(words, tile + step / 4 * (kRows * 128) +
                            swizzled_offset(warp_row + lane_id() % 16, step % 4 * 2 + lane_id() / 16));
 #pragma unroll
-    for (int i = 0; i < 4; i++) add_bias(s, 8 * step + 2 * i, words[i], factor);
+    for (int i = 0; i < 8; i++) s[8 * step + i] = bias_value(Words<2>::part(words[i / 2], i % 2)) * inverse_scale;
   }
 }
 
@@ -429,6 +429,12 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
             v0 = descriptor_mn_major(shared_address(shared.v[0]), kKeys * 128);
   QInRegisters q_words;
   const auto q_rows = [&] { return shared_address(shared.q[q_ring().slot]) + group * (64 * 128); };
+  const float inverse_scale = reciprocal(problem.scale);
+  const auto prepare_scores_of = [&](u32 slot) {
+    if constexpr (kTiles.bias_tiles) {
+      load_bias_tile(s, shared_address(shared.k[slot]) + kKBytes, warp_row, inverse_scale);
+    }
+  };
   const auto start_scores_of = [&](u32 slot) {
     const u64 k = descriptor_after(k0, slot * kKStageBytes);
     if constexpr (kTiles.q_registers) {
@@ -471,6 +477,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
         release(shared.q_free, q_ring().slot);
       }
       barrier_wait(barrier_of(shared.k_full, ring.slot), ring.parity);
+      prepare_scores_of(ring.slot);
     }
     wait_turn();
     wgmma_fence();
@@ -523,14 +530,10 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
         return Linear{kTiles.bias_tiles ? score.scale_log2 : score.unit};
       }
     }();
-    const float inverse_scale = reciprocal(problem.scale);
     // Raw scores of key tile n become what `logits` takes, -inf where masked.
-    const auto transform = [&](int n, const Fetched& fetched, u32 slot) {
+    const auto transform = [&](int n, const Fetched& fetched) {
       float none[1];
-      if constexpr (kTiles.bias_tiles) {  // on raw scores
-        add_bias_tile(s, shared_address(shared.k[slot]) + kKBytes, warp_row, inverse_scale);
-        release(shared.k_free, slot);
-      } else if constexpr (!kCapsInSoftmax) {
+      if constexpr (!kCapsInSoftmax && !kTiles.bias_tiles) {
         transform_unbiased<false>(s, none, fragment(n), score);
       }
 #pragma unroll
@@ -569,9 +572,9 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     };
 
     int n = keys.end - 1;
-    if (!kTiles.bias_tiles) release(shared.k_free, ring.slot);
+    release(shared.k_free, ring.slot);
     if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring().slot);
-    transform(n, fetch(n), ring.slot);
+    transform(n, fetch(n));
     // Keys of the second half of the diagonal's tile that no row of the group sees cost no exponentials.
     if (kDiagonal && uniform(seen_by_group(*work).end) <= n * kKeys + kKeys / 2) {
       softmax.template step<true>(reinterpret_cast<float (&)[kKeys / 4]>(s), rescale, logits);
@@ -597,6 +600,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       const Fetched fetched = fetch(n);
       barrier_wait(barrier_of(shared.v_full, ring.slot), ring.parity);
       barrier_wait(barrier_of(shared.k_full, next.slot), next.parity);
+      prepare_scores_of(next.slot);
       wait_turn();
       wgmma_fence();
       start_scores_of(next.slot);
@@ -605,9 +609,9 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       pass_turn();
       wgmma_wait<1>();
       pin(s);
-      if (!kTiles.bias_tiles) release(shared.k_free, next.slot);
+      release(shared.k_free, next.slot);
       if (!kTiles.q_registers && n == keys.begin) release(shared.q_free, q_ring().slot);
-      transform(n, fetched, next.slot);
+      transform(n, fetched);
       const bool grown = softmax.template step<false>(s, rescale, logits);
       drop(n);
       pin(s);
