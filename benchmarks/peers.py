@@ -50,7 +50,7 @@ def jax_flash(case: Case) -> Attention:
         return lambda quantized: jf.quantized_attention(quantized, causal=case.causal, implementation=implementation)
     if case.precision == "quantise":
         _needs_gpu()
-        spec = AttentionSpec(precision=jf.Fp8())
+        spec = AttentionSpec(case.head_dim**-0.5, precision=jf.Fp8())
         return lambda q, k, v: fp8._quantize_kernel(spec, q, k, v, Operands())
     if case.precision == "fp8":
         arguments["precision"] = jf.Fp8()

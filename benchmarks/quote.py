@@ -11,7 +11,8 @@ and names a file of benchmarks/results, then what to show: `grid DIRECTION DTYPE
 copy), `train` (steps of benchmarks.train), `parallel` (of several devices) or `memory` (by length). The pictures in
 docs/pictures are drawn from the same files. `--check` writes nothing and fails where a page and its run disagree.
 
-After a new run: copy its files over those in benchmarks/results, run this, look at the pages and pictures.
+After a new run: copy its files over those in benchmarks/results, run this, look at the pages and pictures (only those
+that a page shows are kept).
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def cell(rows: list[dict[str, Any]], **key: Any) -> str:
     return f"{speed['jax_flash']:.0f}{ratio}"
 
 
-def grid(rows: list[dict[str, Any]], direction: str, dtype: str) -> list[str]:
-    wanted = {"group": "grid", "dir": direction, "dtype": dtype}
+def grid(rows: list[dict[str, Any]], direction: str, *dtype: str) -> list[str]:
+    wanted = {"group": "grid", "dir": direction, "dtype": " ".join(dtype)}
     rows = [row for row in rows if wanted.items() <= row.items()]
     lengths = sorted({row["S"] for row in rows})
     lines = [
@@ -187,7 +188,10 @@ def main() -> int:
     if not check:
         for run in sorted(RESULTS.glob("*.jsonl")):
             for picture in pictures(read(run), PICTURES):
-                print(f"picture: {picture.relative_to(ROOT)}")
+                if any(picture.name in page.read_text() for page in PAGES):
+                    print(f"picture: {picture.relative_to(ROOT)}")
+                else:
+                    picture.unlink()
     return int(check and bool(stale))
 
 

@@ -79,9 +79,10 @@ def pictures(rows: Iterable[dict[str, Any]], folder: pathlib.Path) -> list[pathl
     written = []
     for kind in sorted({(row["dir"], row["dtype"]) for row in speeds}):
         some = [row for row in speeds if (row["dir"], row["dtype"]) == kind]
-        written.append(_speed(some, folder / "_".join((*kind, "speed.png"))))
+        name = "_".join(kind).replace(" ", "-")
+        written.append(_speed(some, folder / f"{name}_speed.png"))
         if {row["impl"] for row in some} - {"jax_flash"}:
-            written.append(_ratios(some, folder / "_".join((*kind, "ratios.png"))))
+            written.append(_ratios(some, folder / f"{name}_ratios.png"))
     if memory:
         written.append(_memory(memory, folder / "memory.png"))
     if {row["impl"] for row in steps} - {"jax_flash"}:

@@ -88,9 +88,11 @@ def test_a_run_of_the_memory_group_becomes_a_table_and_a_picture(tmp_path, monke
     run = [("jax_flash", 4096, 64.0), ("jax_flash", 16384, 256.0), ("xla", 4096, 2048.0)]
     lines = [{"impl": impl, "group": "memory", "S": s, "scratch_MiB": mib} | origin for impl, s, mib in run]
     lines.append({"impl": "xla", "group": "memory", "S": 16384, "skipped": "does not fit"} | origin)
+    case = {"impl": "jax_flash", "group": "grid", "dir": "fwd", "dtype": "f16", "D": 64, "causal": 0, "S": 512}
+    lines.append(case | {"tflops": 1.0} | origin)  # no page shows its picture
     (tmp_path / "run.jsonl").write_text("\n".join(map(json.dumps, lines)))
     page = tmp_path / "page.md"
-    page.write_text("<!-- run: run.jsonl memory -->\n<!-- end -->")
+    page.write_text("![](pictures/memory.png)\n<!-- run: run.jsonl memory -->\n<!-- end -->")
     monkeypatch.setattr(quote, "RESULTS", tmp_path)
     monkeypatch.setattr(quote, "ROOT", tmp_path)
     monkeypatch.setattr(quote, "PICTURES", tmp_path / "pictures")

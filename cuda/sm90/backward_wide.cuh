@@ -6,8 +6,9 @@
 //   dQ = dS K                        64 queries x two blocks of 64 elements a warpgroup, one block after the other
 //
 // P and dS lie in shared memory with keys as rows. dK^T of a step runs under the softmax of the next, so that Q has two
-// stages and dO one. Shared memory at head size 256: K and V 40 KiB each, Q 2 x 32, dO 32, P and dS 2 x 10 each: 216.
-// Registers of a consumer: dk, dv 80 + 80, S and dP 20 + 20, dq 32 in their place.
+// stages and dO one; S of the next step, where registers allow it, under the last addition to dq. Shared memory at head
+// size 256: K and V 40 KiB each, Q 2 x 32, dO 32, P and dS 2 x 10 each: 216. Registers of a consumer: dk, dv 80 + 80, S
+// and dP 20 + 20, dq 32 in their place.
 #include "sm90/backward_common.cuh"
 
 namespace jf {
