@@ -57,10 +57,8 @@ int SectionOf(const Call& call, long long pairs) {
 // Key tiles that all take the same time leave multiprocessors idle in their last round: there they are cut into pieces,
 // unless adding up what the pieces found (about as long as eight steps of 64 queries) takes longer than that saves.
 PieceGroups ChoosePieces(const Call& call, const Sm90BackwardTiles& tiles, long long items) {
-  const Spec& spec = call.spec;
   PieceGroups best{static_cast<int>(items), 1};
-  if (spec.causal || spec.window_left || spec.window_right || spec.segment_ids || spec.deterministic) return best;
-  if (tiles.kv_stages == 2) return best;
+  if (!Sm90BackwardMaySplit(call.spec, tiles)) return best;
   const int q_tiles = CeilDiv(call.problem.q_len, tiles.queries);
   const double steps =
       static_cast<double>(CeilDiv(call.problem.q_len, 64)) * call.problem.q_heads / call.problem.kv_heads;

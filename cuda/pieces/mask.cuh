@@ -96,6 +96,10 @@ struct IdBounds {
 
 namespace jf {
 
+// The same value in every lane, said so that the compiler keeps it, and what follows from it, in uniform registers.
+JF_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+JF_DEVICE Range uniform(Range r) { return {uniform(r.begin), uniform(r.end)}; }
+
 using CallBand = Band<kSpec.window_left, kSpec.causal || kSpec.window_right>;
 
 JF_DEVICE int q_offset_of(const Features& f, int b) { return kSpec.q_offset ? *row_of<int>(f.q_offset, b) : 0; }

@@ -104,7 +104,7 @@ JF_DEVICE void store_dq(const Sm90BackwardArgs& args, const float (&dq)[32], con
 
 JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
   const Problem& p = args.problem;
-  const int g = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, thread = threadIdx.x % 128, warp = thread / 32;
+  const int g = uniform(threadIdx.x / 128) - 1, thread = threadIdx.x % 128, warp = thread / 32;
   const int dq_query0 = kSplitQueries ? 64 * g : 0, dq_element0 = kSplitElements ? 64 * g : 0,
             dq_key0 = kSplitKeys ? 64 * g : 0;
   const int dq_block0 = kSplitKeys ? 0 : 8 * g;
@@ -194,7 +194,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
         }
       };
       if constexpr (kSkips) {
-        if (__shfl_sync(~0u, meet(own_keys, tile.band.keys_of(query0, kQueries)).size(), 0) == 0) {
+        if (uniform(meet(own_keys, tile.band.keys_of(query0, kQueries)).size()) == 0) {
           barrier_wait(barrier_of(shared.dout_full, ring.slot), ring.parity);
 #pragma unroll
           for (int i = 0; i < kScores / 8; i++) {

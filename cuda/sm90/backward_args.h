@@ -44,6 +44,12 @@ constexpr JF_HOST_DEVICE bool Sm90BackwardIsWide(const Spec& spec) {
   return spec.head_dim > 128 || spec.value_dim > 128;
 }
 
+// Key tiles may be cut into pieces where all take the same time and each has its block.
+constexpr JF_HOST_DEVICE bool Sm90BackwardMaySplit(const Spec& spec, const Sm90BackwardTiles& tiles) {
+  return tiles.kv_stages == 1 && !spec.deterministic && !spec.causal && !spec.window_left && !spec.window_right &&
+         !spec.segment_ids;
+}
+
 // A head size as the tiles hold it: zeros fill the rest.
 constexpr JF_HOST_DEVICE int Sm90BackwardTileSize(const Spec& spec, int head_size) {
   if (Sm90BackwardIsWide(spec)) return head_size <= 128 ? 128 : 256;

@@ -18,9 +18,7 @@ static_assert(kPersistent || !kOwnDq);
 // key tiles in that order too, so that nobody waits for work that has not been drawn.
 constexpr bool kTurns = kSpec.deterministic && !kOwnDq;
 static_assert(!kTurns || !kSpec.segment_ids);  // turn_of counts every key tile of the band
-// Key tiles may be cut into pieces where all take the same time.
-constexpr bool kSplits =
-    !kPersistent && !kTurns && !kSpec.causal && !kSpec.window_left && !kSpec.window_right && !kSpec.segment_ids;
+constexpr bool kSplits = Sm90BackwardMaySplit(kSpec, kTiles);
 constexpr bool kLastKeysFirst = kTurns && (kSpec.causal || kSpec.window_right);
 constexpr int kHead = Sm90BackwardTileSize(kSpec, kSpec.head_dim),
               kValue = Sm90BackwardTileSize(kSpec, kSpec.value_dim);

@@ -112,10 +112,6 @@ struct Ring {
   }
 };
 
-// The same value in every lane, said so that the compiler keeps it, and what follows from it, in uniform registers.
-JF_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-JF_DEVICE Range uniform(Range r) { return {uniform(r.begin), uniform(r.end)}; }
-
 JF_DEVICE u32 barrier_of(const u64* barriers, u32 slot) { return shared_address(barriers) + 8 * slot; }
 
 // One arrival a warp; its lanes are together, after a wgmma_wait or a __syncwarp (which, near a wgmma in flight, makes

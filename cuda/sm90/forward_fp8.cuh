@@ -277,9 +277,6 @@ struct Fp8Softmax {
   }
 };
 
-// The same value in every lane, said so that the compiler keeps it, and what follows from it, in uniform registers.
-JF_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-
 // Scale of the item's queries in block number `lane`.
 JF_DEVICE float q_scale_of(const Sm90Fp8Args& args, const Item& item) {
   const Problem& p = args.problem;
@@ -437,8 +434,7 @@ struct Consumer {
     const int group_row = item.row0 + group() * 64, warp_row = item.row0 + row_in_tile();
     const u32 q = rows_low(shared_address(shared.q) + group() * 64 * kRowBytes), k = rows_low(shared_address(shared.k)),
               v = values_low(shared_address(shared.v));
-    const Range seen = meet(item.key_tiles, tiles_of(band.keys_of(group_row, 64), kKeys));
-    const Range tiles{uniform(seen.begin), uniform(seen.end)};
+    const Range tiles = uniform(meet(item.key_tiles, tiles_of(band.keys_of(group_row, 64), kKeys)));
     const int ahead = tiles.size() == 0 ? item.key_tiles.size() : item.key_tiles.end - tiles.end;
     CallBand keys_band = band;
     keys_band.q_end = kFar;  // rows past the end are dropped by the store: a partial tile masks no more than a full one
