@@ -27,6 +27,8 @@ from . import check, report, timing, torch_sdpa
 from .cases import Case, grid, named
 from .peers import PEERS, TORCH, Attention, Skip
 
+FIGURES = ("tflops", "quantise_tbs", "scratch_MiB", "compile_s", "error")  # that the table shows: the first there is
+
 
 def scratch_mib(case: Case, attention: Attention) -> float:
     """Memory that forward and backward need beside their operands and results, as XLA plans it."""
@@ -58,11 +60,12 @@ def task(case: Case):
     return arrays, {} if case.feature or case.precision == "quantise" else check.exact(case, arrays, rows)
 
 
-def measure(case: Case, name: str) -> dict:
-    """One line of results; raises Skip where the implementation does not do the case."""
+def prepare(case: Case, name: str) -> tuple[dict, timing.Stopwatch | None]:
+    """What a line of results says beside times, and what is to be timed. Raises Skip where the implementation does not
+    do the case."""
     attention = PEERS[name](case)
     if case.group == "memory":
-        return {"scratch_MiB": scratch_mib(case, attention)}
+        return {"scratch_MiB": scratch_mib(case, attention)}, None
     arrays, right = task(case)
     if case.precision == "quantised":
         *operands, cotangent = arrays
@@ -70,27 +73,64 @@ def measure(case: Case, name: str) -> dict:
     library = torch_sdpa if name in TORCH else timing
     call, operands, out = library.prepare(case.direction, attention, arrays)
     if case.group == "compile":
-        return {"compile_s": compile_s(call, operands)}
+        return {"compile_s": compile_s(call, operands)}, None
 
     results = call(*operands)
     found = (
         {"out": results} if case.direction == "fwd" else dict(zip(("dq", "dk", "dv"), results, strict=True), out=out)
     )
-    errors = check.errors(case, right, {name: library.array(x) for name, x in found.items()})
+    errors = check.errors(case, right, {name: library.array(x) for name, x in found.items() if name in right})
     line = {"error": check.worst(case, errors)} if errors else {}
     if case.group == "accuracy":
-        return line | {f"error_{name}": error for name, error in errors.items()}
-    timing.warm_up(call, *operands, wait=library.wait)
-    kernel, wall = library.kernel_ms(call, *operands), timing.wall_ms(call, *operands, wait=library.wait)
+        return line | {f"error_{name}": error for name, error in errors.items()}, None
     if case.group == "decode":
-        line["cache_tbs"] = sum(x.nbytes for x in arrays[1:3]) / (kernel or wall) / 1e9
-    line |= {"kernel_ms": kernel, "wall_ms": wall}
+        line["cache_bytes"] = sum(x.nbytes for x in arrays[1:3])
     if case.precision == "quantise":
-        moved = sum(x.nbytes for x in jax.tree.leaves((operands, results)))
-        return line | {"quantise_tbs": moved / (kernel or wall) / 1e9}
-    return line | {
-        "tflops": case.flops / (kernel or wall) / 1e9,
-    }
+        line["moved_bytes"] = sum(x.nbytes for x in jax.tree.leaves((operands, results)))
+    timing.warm_up(call, *operands, wait=library.wait)
+    return line, timing.Stopwatch(call, operands, library)
+
+
+def speeds(case: Case, line: dict) -> dict[str, float]:
+    """By the kernel's time if it is known."""
+    ms = line["kernel_ms"] or line["wall_ms"]
+    rates = {"cache_tbs": "cache_bytes", "quantise_tbs": "moved_bytes"}
+    found = {rate: line[moved] / ms / 1e9 for rate, moved in rates.items() if moved in line}
+    return found if case.precision == "quantise" else found | {"tflops": case.flops / ms / 1e9}
+
+
+def measure(case: Case, names: list[str], began=lambda name: None) -> dict[str, dict]:
+    """Lines of results. They are timed in turns, so that all meet the same clocks and temperatures."""
+    lines: dict[str, dict] = {}
+    watches: dict[str, timing.Stopwatch] = {}
+
+    def attempt(name: str, step) -> None:
+        """One implementation's failure must not end the run."""
+        try:
+            step()
+        except Skip as skip:
+            lines[name]["skipped"] = str(skip)
+        except Exception as error:
+            lines[name]["failed"] = f"{type(error).__name__}: {error}"[:400]
+            watches.pop(name, None)
+
+    def start(name: str) -> None:
+        line, watch = prepare(case, name)
+        lines[name] |= line
+        if watch is not None:
+            watches[name] = watch
+
+    for name in names:
+        began(name)
+        lines[name] = {}
+        attempt(name, lambda name=name: start(name))
+    for _ in range(timing.TURNS):
+        for name, watch in list(watches.items()):
+            attempt(name, watch.take)
+    for name, watch in watches.items():
+        lines[name] |= watch.line
+        lines[name] |= speeds(case, lines[name])
+    return lines
 
 
 def main() -> int:
@@ -139,11 +179,13 @@ def main() -> int:
     with args.out.open("w") as out, Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=len(cases) * len(args.impl))
         for case in cases:
-            speeds: dict[str, float] = {}
+            lines = measure(
+                case, args.impl, lambda name, case=case: progress.update(bar, description=f"{name}: {case}")
+            )
+            figures: dict[str, float] = {}
             notes: dict[str, str] = {}
-            for name in args.impl:
-                progress.update(bar, description=f"{name}: {case}")
-                line = {
+            for name, line in lines.items():
+                about_case = {
                     "impl": name,
                     "group": case.group,
                     "dtype": case.operands,
@@ -153,28 +195,21 @@ def main() -> int:
                     "S": case.kv_len,
                     "case": str(case),
                 }
-                try:
-                    line |= measure(case, name)
-                    speeds[name] = next(
-                        line[key]
-                        for key in ("tflops", "quantise_tbs", "scratch_MiB", "compile_s", "error")
-                        if key in line
-                    )
-                except Skip as skip:
-                    notes[name] = "-"
-                    line["skipped"] = str(skip)
-                except Exception as error:  # one implementation's failure must not end the run
+                if "failed" in line:
                     failures += name == "jax_flash"
                     notes[name] = "failed"
-                    line["failed"] = f"{type(error).__name__}: {error}"[:400]
                     console.print(f"[red]{name}: {case}: {line['failed']}")
-                out.write(json.dumps(line | about) + "\n")
+                elif "skipped" in line:
+                    notes[name] = "-"
+                else:
+                    figures[name] = next(line[key] for key in FIGURES if key in line)
+                out.write(json.dumps(about_case | line | about) + "\n")
                 out.flush()
                 progress.advance(bar)
-            first = speeds.get(args.impl[0])
-            ratios = [f"{first / speeds[name]:.2f}" if first and name in speeds else "" for name in args.impl[1:]]
+            first = figures.get(args.impl[0])
+            ratios = [f"{first / figures[name]:.2f}" if first and name in figures else "" for name in args.impl[1:]]
             table.add_row(
-                str(case), *[f"{speeds[name]:.3g}" if name in speeds else notes[name] for name in args.impl], *ratios
+                str(case), *[f"{figures[name]:.3g}" if name in figures else notes[name] for name in args.impl], *ratios
             )
     console.print(table)
     console.print(f"results: {args.out}")

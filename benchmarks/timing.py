@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-REPEATS = 20
+REPEATS, TURNS = 20, 4
 wait = jax.block_until_ready
 array = jnp.asarray  # a result as check takes it
 
@@ -28,22 +29,21 @@ def prepare(direction: str, attention: Callable[..., Any], arrays: Sequence[jax.
     return jax.jit(lambda pull, g: pull(g)), [pullback, cotangent], out
 
 
-def kernel_ms(call: Callable[..., Any], *operands: Any, repeats: int = REPEATS) -> float | None:
-    """Median over `repeats` of the sum of a jitted call's kernel times, by CUPTI; None where JAX offers none."""
+def kernel_times(call: Callable[..., Any], *operands: Any, repeats: int = REPEATS) -> list[float]:
+    """The sum of a jitted call's kernel times in ms, by CUPTI, of each of `repeats`; none where JAX offers none."""
     if jax.default_backend() != "gpu":
-        return None
+        return []
     try:
         from jax.experimental.mosaic.gpu import profiler
     except ImportError:
-        return None
-    _, runs = profiler.measure(call, aggregate=True, iterations=repeats)(*operands)
-    return statistics.median(runs) if runs else None
+        return []
+    return profiler.measure(call, aggregate=True, iterations=repeats)(*operands)[1] or []
 
 
-def wall_ms(
-    call: Callable[..., Any], *operands: Any, repeats: int = REPEATS, budget_s: float = 0.3, wait=wait
-) -> float:
-    """Time per call of calls queued one after the other, median of five rounds; fewer calls where they are long."""
+def wall_times(
+    call: Callable[..., Any], *operands: Any, rounds: int = 5, repeats: int = REPEATS, budget_s: float = 0.3, wait=wait
+) -> list[float]:
+    """Time in ms per call of calls queued one after the other, by round; fewer calls where they are long."""
 
     def round_s(calls: int) -> float:
         start = time.perf_counter()
@@ -53,13 +53,33 @@ def wall_ms(
         return (time.perf_counter() - start) / calls
 
     calls = max(1, min(repeats, int(budget_s / 5 / round_s(1))))
-    return statistics.median(round_s(calls) for _ in range(5)) * 1e3
+    return [round_s(calls) * 1e3 for _ in range(rounds)]
 
 
 def warm_up(call: Callable[..., Any], *operands: Any, repeats: int = 3, wait=wait) -> None:
     for _ in range(repeats):
         out = call(*operands)
     wait(out)
+
+
+@dataclasses.dataclass
+class Stopwatch:
+    """The times of a call. `library` has its kernel_times and wait: this module, or torch_sdpa."""
+
+    call: Callable[..., Any]
+    operands: Sequence[Any]
+    library: Any
+    kernels: list[float] = dataclasses.field(default_factory=list)
+    walls: list[float] = dataclasses.field(default_factory=list)
+
+    def take(self) -> None:
+        self.kernels += self.library.kernel_times(self.call, *self.operands, repeats=REPEATS // TURNS)
+        self.walls += wall_times(self.call, *self.operands, rounds=2, wait=self.library.wait)
+
+    @property
+    def line(self) -> dict[str, float | None]:
+        kernel = statistics.median(self.kernels) if self.kernels else None
+        return {"kernel_ms": kernel, "wall_ms": statistics.median(self.walls)}
 
 
 def ceilings() -> dict[str, float]:
@@ -72,6 +92,6 @@ def ceilings() -> dict[str, float]:
     for call, operands in ((product, (a, b)), (copy, (source,))):
         warm_up(call, *operands, repeats=10)
     return {
-        "matmul_tflops": 2 * 8192**3 / wall_ms(product, a, b) / 1e9,
-        "copy_tbs": 2 * source.nbytes / wall_ms(copy, source) / 1e9,
+        "matmul_tflops": 2 * 8192**3 / statistics.median(wall_times(product, a, b)) / 1e9,
+        "copy_tbs": 2 * source.nbytes / statistics.median(wall_times(copy, source)) / 1e9,
     }

@@ -8,7 +8,6 @@ the events do not wait for Python.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,8 +50,8 @@ def array(x: Any) -> jax.Array:
     return jnp.from_dlpack(x.detach().contiguous())
 
 
-def kernel_ms(call: Callable[..., Any], *operands: Any, repeats: int = timing.REPEATS) -> float:
-    """Median time on the GPU between two CUDA events around a call."""
+def kernel_times(call: Callable[..., Any], *operands: Any, repeats: int = timing.REPEATS) -> list[float]:
+    """Times on the GPU in ms between two CUDA events around a call."""
     import torch
 
     busy = torch.ones((8192, 8192), dtype=torch.bfloat16, device="cuda")
@@ -64,7 +63,7 @@ def kernel_ms(call: Callable[..., Any], *operands: Any, repeats: int = timing.RE
         call(*operands)
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+    return [start.elapsed_time(end) for start, end in events]
 
 
 def wait(_: Any = None) -> None:

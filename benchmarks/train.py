@@ -7,7 +7,6 @@ device, one sequence length after the other. `--parallel` takes all devices of t
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -38,6 +37,7 @@ def cudnn(q, k, v, *, is_causal, **_):
     return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn")
 
 
+ROUNDS = 5
 IMPLEMENTATIONS = {"jax_flash": attention_fn, "cudnn": cudnn, "flax": nnx.dot_product_attention}
 
 
@@ -77,27 +77,34 @@ def out_of_memory_is_none(function):
         return None
 
 
-def measure(task: Task, state: train.State, trainer, step, batch, rounds: int = 3, repeats: int = 5) -> dict:
-    memory = step.memory_analysis()
-    state = trainer.spread(jax.tree.map(jnp.copy, state))  # the step takes its argument's memory
-    state, loss = step(state, batch)
-    loss = float(np.ravel(loss)[0])
-    times = []
-    for _ in range(rounds):
-        jax.block_until_ready(state)
+class Run:
+    """A task whose step has been compiled, and the seconds a step took, by round."""
+
+    def __init__(self, task: Task, state: train.State, trainer, step, batch):
+        self.task, self.step, self.batch = task, step, batch
+        self.seconds: list[float] = []
+        state = trainer.spread(jax.tree.map(jnp.copy, state))  # the step takes its argument's memory
+        self.state, loss = step(state, batch)
+        self.loss = float(np.ravel(loss)[0])
+
+    def take(self, repeats: int = 5) -> None:
+        jax.block_until_ready(self.state)
         start = time.perf_counter()
         for _ in range(repeats):
-            state, _ = step(state, batch)
-        jax.block_until_ready(state)
-        times.append((time.perf_counter() - start) / repeats)
-    seconds = statistics.median(times)
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "step_ms": seconds * 1e3,
-        "tokens_s": task.batch * task.length / seconds,
-        "GiB": (used + memory.temp_size_in_bytes) / 2**30,
-        "loss": loss,
-    }
+            self.state, _ = self.step(self.state, self.batch)
+        jax.block_until_ready(self.state)
+        self.seconds.append((time.perf_counter() - start) / repeats)
+
+    @property
+    def row(self) -> dict:
+        memory, seconds = self.step.memory_analysis(), statistics.median(self.seconds)
+        used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return {
+            "step_ms": seconds * 1e3,
+            "tokens_s": self.task.batch * self.task.length / seconds,
+            "GiB": (used + memory.temp_size_in_bytes) / 2**30,
+            "loss": self.loss,
+        }
 
 
 def main() -> int:
@@ -118,19 +125,25 @@ def main() -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     state = train.Trainer(gpt.SIZES[args.size], steps=1000).init()
-    with args.out.open("w") as out, concurrent.futures.ThreadPoolExecutor() as pool:
+    with args.out.open("w") as out:
         for length in args.lengths:
             tasks = [
                 Task(args.size, length, *which, args.tokens)
                 for which in itertools.product(args.impl, args.parallel, args.devices)
             ]
-            compiled = list(pool.map(lambda task: task.compiled(state), tasks))
-            for task, (trainer, step, batch, compile_s) in zip(tasks, compiled, strict=True):
+            # One after the other: XLA times kernels while it compiles.
+            compiled = [task.compiled(state) for task in tasks]
+            runs = [
+                step and out_of_memory_is_none(functools.partial(Run, task, state, trainer, step, batch))
+                for task, (trainer, step, batch, _) in zip(tasks, compiled, strict=True)
+            ]
+            for _ in range(ROUNDS):  # in turns, so that all meet the same clocks and temperatures
+                for run in filter(None, runs):
+                    run.take()
+            for task, run, (*_, compile_s) in zip(tasks, runs, compiled, strict=True):
                 row = {"group": "train", "impl": task.impl, "T": length, "parallel": task.parallel}
                 row |= {"devices": task.devices, "compile_s": compile_s}
-                row |= (
-                    step and out_of_memory_is_none(functools.partial(measure, task, state, trainer, step, batch))
-                ) or {"failed": "out of memory"}
+                row |= run.row if run else {"failed": "out of memory"}
                 rows.append(row)
                 out.write(json.dumps(row | about) + "\n")
                 out.flush()

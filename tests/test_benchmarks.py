@@ -49,17 +49,38 @@ def test_a_wrong_answer_is_noticed(name, damage):
 
 def test_quantised_operands_are_told_from_calls_that_quantise():
     case = Case("t", 2, 160, 160, 2, 2, 64, precision="quantised")
-    line = tool.measure(case, "jax_flash")
+    line = tool.measure(case, ["jax_flash"])["jax_flash"]
     assert 0 < line["error"] < check.TOLERANCE["quantised"] and line["tflops"] > 0
     kinds = {case.precision: case.operands for case in named()["fp8"]}
     assert kinds == {"quantised": "e4m3", "fp8": "bf16 as e4m3"}
 
 
 def test_quantise_gives_bytes_a_second(monkeypatch):
-    monkeypatch.setitem(tool.PEERS, "jax_flash", lambda case: lambda q, k, v: (q, k, v))
+    results = [jax.numpy.zeros(1000, "float8_e4m3fn"), jax.numpy.zeros(1000)]  # types without a common one
+    monkeypatch.setitem(tool.PEERS, "jax_flash", lambda case: lambda q, k, v: results)
     case = Case("t", 2, 160, 160, 2, 2, 64, precision="quantise")
-    line = tool.measure(case, "jax_flash")
+    line = tool.measure(case, ["jax_flash"])["jax_flash"]
+    assert line["moved_bytes"] == 3 * 2 * 160 * 2 * 64 * 2 + 5000
     assert line["quantise_tbs"] > 0 and "tflops" not in line and "error" not in line
+
+
+def test_implementations_are_timed_in_turns(monkeypatch):
+    order = []
+
+    def take(watch, original=tool.timing.Stopwatch.take):
+        order.append(watch)
+        original(watch)
+
+    monkeypatch.setattr(tool.timing.Stopwatch, "take", take)
+    lines = tool.measure(CASES["full"], ["jax_flash", "xla"])
+    assert [watch is order[0] for watch in order] == [True, False] * tool.timing.TURNS
+    assert all(line["wall_ms"] > 0 and line["tflops"] > 0 for line in lines.values())
+
+
+def test_one_failure_leaves_the_other_line(monkeypatch):
+    monkeypatch.setitem(tool.PEERS, "xla", lambda case: 1 / 0)
+    lines = tool.measure(CASES["full"], ["jax_flash", "xla"])
+    assert lines["xla"] == {"failed": "ZeroDivisionError: division by zero"} and lines["jax_flash"]["tflops"] > 0
 
 
 def test_compile_time_is_that_of_an_empty_cache(monkeypatch):
@@ -80,7 +101,7 @@ def test_every_peer_has_a_label_and_says_why_it_skips():
     for name in PEERS.keys() - {"jax_flash", "xla"}:
         if jax.default_backend() != "gpu":
             with pytest.raises(Skip, match=r"needs a GPU|not installed"):
-                tool.measure(CASES["full"], name)
+                tool.prepare(CASES["full"], name)
 
 
 def test_a_run_of_the_memory_group_becomes_a_table_and_a_picture(tmp_path, monkeypatch):

@@ -7,9 +7,11 @@ an allocation. Sizes are odd, tails are poisoned with NaN.
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -45,16 +47,18 @@ def calls() -> None:
             jax.random.normal(jax.random.key(i), (2, 200, heads, size), jnp.bfloat16)
             for i, heads in enumerate((4, 2, 2, 4))
         )
+        arrays = {}  # operands of the call: initcheck does not see how constants of a program get their values
         if keywords.pop("segments", False):
-            keywords["segment_ids"] = jnp.arange(200) // 70
+            arrays["segment_ids"] = jnp.arange(200) // 70
         if keywords.pop("lengths", False):
-            keywords["q_lengths"] = keywords["kv_lengths"] = jnp.array([131, 200])
+            arrays["q_lengths"] = arrays["kv_lengths"] = jnp.array([131, 200])
             q, k, v, g = (x.at[0, 131:].set(jnp.nan) for x in (q, k, v, g))
 
-        def attend(q, k, v, keywords=keywords):
-            return jf.flash_attention(q, k, v, implementation="cuda", **keywords)
+        @jax.jit
+        def attend(q, k, v, arrays, keywords=keywords):
+            return jf.flash_attention(q, k, v, implementation="cuda", **keywords, **arrays)
 
-        out, pullback = jax.vjp(jax.jit(attend), q, k, v)
+        out, pullback = jax.vjp(lambda q, k, v, arrays=arrays: attend(q, k, v, arrays), q, k, v)
         gradients = jax.jit(lambda pull, g: pull(g))(pullback, g)
         if not all(np.isfinite(np.asarray(x, np.float32)).all() for x in (out, *gradients)):
             raise AssertionError(f"NaN or Inf at head size {size}")
@@ -68,7 +72,9 @@ def sanitize(tool: str, kernels: str) -> subprocess.CompletedProcess[str]:
         "--error-exitcode",
         "9",
         "--print-limit",
-        "5",
+        "1000",
+        "--show-backtrace",
+        "no",
     ]
     environment = {
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
@@ -83,6 +89,21 @@ def sanitize(tool: str, kernels: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+def summary(report: str) -> list[str]:
+    """How often each finding was reported at each place, by call."""
+    lines, finding, found = [], "", collections.Counter[str]()
+    for line in [*report.splitlines(), "head size"]:
+        if line.startswith("head size"):
+            lines += [f"  {count} x {finding}" for finding, count in found.most_common(20)]
+            lines.append(line)
+            found.clear()
+        elif match := re.match(r"=+ +(?!by thread|Address|Host Frame|COMPUTE)(\S.*?)( \[\d+ hazards\])?$", line):
+            place = match[1].startswith(("at ", "and "))  # of the finding in an earlier line
+            finding = finding if place else match[1]
+            found[f"{finding} {match[1]}" if place else finding] += 1
+    return lines[:-1]
 
 
 def main() -> int:
@@ -103,8 +124,7 @@ def main() -> int:
             print(f"{tool}, {name}: {'clean' if run.returncode == 0 else f'exit {run.returncode}'}", flush=True)
             if run.returncode:
                 failed += 1
-                report = run.stdout + run.stderr  # the first report says most, the end what became of the program
-                print(report[:4000], "...", report[-2000:], sep="\n")
+                print(*summary(run.stdout), run.stderr[-1000:], sep="\n")
     return int(failed > 0)
 
 

@@ -28,7 +28,10 @@ JF_DEVICE void barrier_wait(u32 barrier, u32 parity) {
 }
 
 // Hardware barriers 1 to 15 (0 is __syncthreads); `threads` counts those that arrive and those that wait.
-JF_DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Not the aligned form: warps may meet here from different places of the program.
+JF_DEVICE void named_sync(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 JF_DEVICE void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

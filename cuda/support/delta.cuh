@@ -9,6 +9,7 @@
 // lanes read one row, 16 bytes each, all loads of a thread ahead of the first use.
 #include "pieces/mask.cuh"
 #include "support/delta.h"
+#include "support/rows.cuh"
 
 namespace jf {
 
@@ -27,7 +28,8 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads) delta(const __grid_co
   using namespace jf;
   dependents_launch();
   const Problem& p = args.problem;
-  const int head = blockIdx.x % p.q_heads, b = blockIdx.x / p.q_heads, row0 = blockIdx.y * kRows;
+  const RowBlock block = last_rows_first(p.q_heads);
+  const int head = block.head, b = block.batch, row0 = block.index * kRows;
   const int q_end = band_of(p, args.features, b).q_end;
   const int chunk = threadIdx.x % kLanes, first = row0 + threadIdx.x / kLanes * kPasses;
 
@@ -43,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads) delta(const __grid_co
     }
   }
 
-  const long long padded_row0 = static_cast<long long>(blockIdx.x) * args.padded_len + row0;
+  const long long padded_row0 = (static_cast<long long>(b) * p.q_heads + head) * args.padded_len + row0;
   if (args.dq_sums != nullptr) {
     float4* sums = reinterpret_cast<float4*>(args.dq_sums + padded_row0 * args.sums_size);
     const int count = min(kRows, args.padded_len - row0) * args.sums_size / 4;
@@ -64,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads) delta(const __grid_co
     if (chunk == 0 && row < args.padded_len) {
       float lse = -infinity();
       if (row < q_end) {
-        const long long place = static_cast<long long>(blockIdx.x) * p.q_len + row;
+        const long long place = (static_cast<long long>(b) * p.q_heads + head) * p.q_len + row;
         lse = args.lse[place];
         if constexpr (kSpec.lse_cotangent) sum -= args.dlse[place];
       }

@@ -6,6 +6,7 @@
 // Grid: x over (batch entry, head), y over 64 queries; a thread makes 8 elements of two rows.
 #include "pieces/fragment.cuh"
 #include "support/dq.h"
+#include "support/rows.cuh"
 
 namespace jf {
 constexpr int kThreads = 256, kBlocks = (kSpec.head_dim + 7) / 8;
@@ -14,7 +15,8 @@ constexpr int kThreads = 256, kBlocks = (kSpec.head_dim + 7) / 8;
 extern "C" __global__ void __launch_bounds__(jf::kThreads) dq_from_sums(const __grid_constant__ jf::DqArgs args) {
   using namespace jf;
   dependency_wait();
-  const int head = blockIdx.x % args.q_heads, b = blockIdx.x / args.q_heads, row0 = blockIdx.y * 64;
+  const RowBlock rows = last_rows_first(args.q_heads);
+  const int head = rows.head, b = rows.batch, row0 = rows.index * 64;
   const float4* sums = reinterpret_cast<const float4*>(
       args.sums + ((static_cast<long long>(b) * args.q_heads + head) * args.padded_len + row0) * kTiles.sums_size);
   uint4* dq = static_cast<uint4*>(args.dq);
