@@ -137,6 +137,7 @@ template <class Visit>
 JF_DEVICE void for_each_step(const Sm90BackwardArgs& args, const KeyTile& tile, Visit visit) {
   const int group = kSpec.grouped ? args.problem.q_heads / args.problem.kv_heads : 1;
   for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; head++) {
+#pragma unroll 1
     for (int m = tile.query_tiles.begin; m < tile.query_tiles.end; m++) {
       visit(head, m, m + 1 == tile.query_tiles.end && head + 1 == (tile.kv_head + 1) * group);
     }
