@@ -46,21 +46,6 @@ def curve(config: gpt.Config, steps: int, batch: int) -> list[float]:
     return [float(loss) for loss in losses]
 
 
-def picture(curves: dict[str, list[float]], path: pathlib.Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for name, losses in curves.items():
-        axis.plot(losses, label=name, linewidth=1)
-    axis.set(xlabel="step", ylabel="loss (nats a byte)", yscale="log")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=130)
-
-
 def main(argv=None) -> dict[str, list[float]]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fp8_training", description=__doc__)
     parser.add_argument("--size", choices=gpt.SIZES, default="small")
@@ -70,7 +55,7 @@ def main(argv=None) -> dict[str, list[float]]:
     parser.add_argument("--commit", default="", help="recorded with the results where git cannot tell it")
     args = parser.parse_args(argv)
 
-    about, curves = report.machine(args.commit), {}
+    about, rows, curves = report.machine(args.commit), [], {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w") as out:
         for name, attention in ATTENTION.items():
@@ -79,12 +64,13 @@ def main(argv=None) -> dict[str, list[float]]:
             curves[name] = curve(config, args.steps, args.batch)
             last = float(np.mean(curves[name][-LAST:]))
             row = {"group": "fp8_training", "impl": name, "size": args.size, "steps": args.steps, "last": last}
-            out.write(json.dumps(row | {"losses": np.round(curves[name], 5).tolist()} | about) + "\n")
+            rows.append(row | {"losses": np.round(curves[name], 5).tolist()} | about)
+            out.write(json.dumps(rows[-1]) + "\n")
             print(
                 f"{name}: mean loss of the last {LAST} steps {last:.5f}, {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
-    picture(curves, args.out.with_suffix(".png"))
+    report.pictures(rows, args.out.parent)
     return curves
 
 

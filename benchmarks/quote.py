@@ -8,8 +8,9 @@ A block of a page looks like
 
 and names a file of benchmarks/results, then what to show: `grid DIRECTION DTYPE` (speed by length and head size),
 `cases GROUP` (a line a case), `features` (what each costs), `accuracy` (errors beside cuDNN's), `decode` (beside a
-copy), `train` (steps of benchmarks.train), `parallel` (of several devices) or `memory` (by length). The pictures in
-docs/pictures are drawn from the same files. `--check` writes nothing and fails where a page and its run disagree.
+copy), `train` (steps of benchmarks.train), `parallel` (of several devices), `memory` (by length), `losses` (of
+benchmarks.fp8_training) or `peers` (all that were timed, a line a case). The pictures in docs/pictures are drawn from
+the same files, those of `peers` apart. `--check` writes nothing and fails where a page and its run disagree.
 
 After a new run: copy its files over those in benchmarks/results, run this, look at the pages and pictures (only those
 that a page shows are kept).
@@ -159,7 +160,25 @@ def memory(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-KINDS = {kind.__name__: kind for kind in (grid, cases, features, accuracy, train, parallel, decode, memory)}
+def peers(rows: list[dict[str, Any]]) -> list[str]:
+    """Everyone's speed in each case."""
+    speed = {(row["impl"], row["case"]): row["tflops"] for row in rows if "tflops" in row}
+    names = [name for name in LABELS if any(impl == name for impl, _ in speed)]
+    lines = [f"| TFLOP/s | {' | '.join(LABELS[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    for case in dict.fromkeys(case for _, case in speed):
+        figures = [f"{speed[name, case]:.0f}" if (name, case) in speed else "-" for name in names]
+        lines.append(f"| {case} | {' | '.join(figures)} |")
+    return lines
+
+
+def losses(rows: list[dict[str, Any]]) -> list[str]:
+    """Where training with each kind of forward pass ends."""
+    lines = ["| forward pass | steps | mean loss of the last 50 |", "|---|---|---|"]
+    return lines + [f"| {row['impl']} | {row['steps']} | {row['last']:.4f} |" for row in rows if "losses" in row]
+
+
+_KINDS = (grid, cases, features, accuracy, train, parallel, decode, memory, peers, losses)
+KINDS = {kind.__name__: kind for kind in _KINDS}
 
 
 def quoted(text: str) -> str:
@@ -186,8 +205,9 @@ def main() -> int:
         else:
             page.write_text(quoted(page.read_text()))
     if not check:
-        for run in sorted(RESULTS.glob("*.jsonl")):
-            for picture in pictures(read(run), PICTURES):
+        blocks = [block for page in PAGES if page.exists() for block in BLOCK.findall(page.read_text())]
+        for run in sorted({name for _, name, what, _ in blocks if what != "peers"}):
+            for picture in pictures(read(RESULTS / run), PICTURES):
                 if any(picture.name in page.read_text() for page in PAGES):
                     print(f"picture: {picture.relative_to(ROOT)}")
                 else:

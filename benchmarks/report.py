@@ -66,7 +66,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def pictures(rows: Iterable[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
     """Pictures of a run: speed by length, with the matrix product's rate as the ceiling, how many times as fast as each
-    peer, memory by length, and training steps by length."""
+    peer, memory by length, training steps by length, and losses by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,6 +76,7 @@ def pictures(rows: Iterable[dict[str, Any]], folder: pathlib.Path) -> list[pathl
     speeds = [row for row in rows if row.get("group") in ("grid", "quick", "fp8") and "tflops" in row]
     memory = [row for row in rows if "scratch_MiB" in row]
     steps = [row for row in rows if row.get("group") == "train" and (row["parallel"], row["devices"]) == ("jit", 1)]
+    curves = [row for row in rows if "losses" in row]
     written = []
     for kind in sorted({(row["dir"], row["dtype"]) for row in speeds}):
         some = [row for row in speeds if (row["dir"], row["dtype"]) == kind]
@@ -87,6 +88,8 @@ def pictures(rows: Iterable[dict[str, Any]], folder: pathlib.Path) -> list[pathl
         written.append(_memory(memory, folder / "memory.png"))
     if {row["impl"] for row in steps} - {"jax_flash"}:
         written.append(_train(steps, folder / "train.png"))
+    if curves:
+        written.append(_curves(curves, folder / "fp8_training.png"))
     return written
 
 
@@ -192,6 +195,20 @@ def _memory(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
     _log_axis(axis, sorted({row["S"] for row in rows}))
     axis.set_yscale("log")
     axis.set(ylabel="MiB", title="Memory beside operands and results, forward + backward")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _curves(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for row in rows:
+        axis.plot(row["losses"], label=row["impl"], linewidth=1)
+    axis.set(xlabel="step", ylabel="loss (nats a byte)", yscale="log")
+    axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)

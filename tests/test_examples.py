@@ -125,4 +125,4 @@ def test_fp8_training_follows_bf16(tmp_path):
     assert bf16[-1] < bf16[0]
     assert (bf16 != fp8).any()
     np.testing.assert_allclose(fp8, bf16, rtol=0.01)
-    assert (tmp_path / "curves.png").exists()
+    assert (tmp_path / "fp8_training.png").exists()

@@ -19,6 +19,14 @@ bool HasScoreFeatures(const Spec& spec) {
   return spec.bias() || spec.mask || spec.alibi || spec.softcap || spec.dropout || spec.segment_ids;
 }
 
+// Query rows that a tile of keys meets at most.
+int RowsOfKeyTile(const Call& call, int keys) {
+  const Problem& problem = call.problem;
+  const bool bounded = call.spec.window_left && (call.spec.causal || call.spec.window_right);
+  const long long right = call.spec.causal ? 0 : problem.window_right;
+  return bounded ? std::min<long long>(problem.q_len, problem.window_left + right + keys) : problem.q_len;
+}
+
 // One block for all keys of a (batch entry, key head) finishes its dq alone: no sums to clear, add up and convert, and
 // the same bits from run to run. It pays where such blocks fill the GPU and their sums stay in the L2.
 bool BlocksOwnDq(const Call& call, int queries) {
@@ -37,17 +45,16 @@ bool BlocksOwnDq(const Call& call, int queries) {
 
 // Blocks that go from key tile to key tile hide the start and the end of each; with many steps a tile they gain nothing
 // and read less in step with one another, which costs L2 hits.
-bool BlocksStay(const Call& call, int queries) {
-  const Problem& problem = call.problem;
-  const unsigned steps = CeilDiv(problem.q_len, queries) * (problem.q_heads / problem.kv_heads);
+bool BlocksStay(const Call& call, int queries, int keys) {
+  const unsigned steps = CeilDiv(RowsOfKeyTile(call, keys), queries) * (call.problem.q_heads / call.problem.kv_heads);
   return !HasScoreFeatures(call.spec) && steps <= (queries == 128 ? 16u : 8u);
 }
 
 // (batch entry, key head) pairs in a section: what they read and add to at a time, one head of a group after the other,
 // stays in the L2. A power of two, of which the number of pairs mostly is a multiple: a small last section would start
 // the longest key tiles of causal attention when the GPU has little else left. Limits by measurement.
-int SectionOf(const Call& call, long long pairs) {
-  const long long bytes = 8LL * call.problem.q_len * Sm90BackwardTileSize(call.spec, call.spec.head_dim);
+int SectionOf(const Call& call, int keys, long long pairs) {
+  const long long bytes = 8LL * RowsOfKeyTile(call, keys) * Sm90BackwardTileSize(call.spec, call.spec.head_dim);
   const long long limit = (Sm90BackwardIsWide(call.spec) ? 32LL : 16LL) << 20;
   int section = 1;
   while (2 * section <= pairs && 2 * section * bytes <= limit) section *= 2;
@@ -80,7 +87,7 @@ Sm90BackwardTiles ChooseTiles(const Call& call) {
   const bool small = spec.head_dim <= 64 && spec.value_dim <= 64 && !HasScoreFeatures(spec);
   Sm90BackwardTiles tiles{small ? 128 : 64, 128, 1, 2, 2, false};
   tiles.own_dq = small && BlocksOwnDq(call, tiles.queries);
-  if (tiles.own_dq || BlocksStay(call, tiles.queries)) tiles.kv_stages = 2;
+  if (tiles.own_dq || BlocksStay(call, tiles.queries, tiles.keys)) tiles.kv_stages = 2;
   return tiles;
 }
 
@@ -144,7 +151,7 @@ Planned PlanSm90Backward(const Call& call) {
   const size_t dq_sums = plan.AddScratch(static_cast<size_t>(acc_heads) * padded_len * head_tile * sizeof(float));
   const size_t turn_bytes = takes_turns ? static_cast<size_t>(pairs) * group * q_tiles * sizeof(int) : 0;
   const size_t turns = plan.AddScratch(turn_bytes);
-  const int section = SectionOf(call, pairs);
+  const int section = SectionOf(call, tiles.keys, pairs);
   const bool persistent = tiles.kv_stages == 2;
   const long long items = tiles.own_dq ? pairs : pairs * key_tiles;
   const PieceGroups split = ChoosePieces(call, tiles, items);
