@@ -37,7 +37,7 @@
 //   named 1 + group            the group's own
 //   named 1 + kGroups + group  this group, the one before: the group's turn to start products
 //
-// Softmax: the maximum is not computed for each tile. Exponentials go ahead with the m of the tiles before; if any sum
+// Softmax: the maximum is computed for the first tile only. Exponentials of the others go ahead with m as it is; if any sum
 // of 8 of them reaches 2^8 (e4m3 ends at 448), the warp finds the true maximum, raises m and does the tile again. So a
 // tile costs one FMA, one exponential, one addition and half a conversion an element. m is an integer: rescaling is
 // exact, and the rounding of p does not depend on the order of tiles.
@@ -212,11 +212,13 @@ struct Fp8Softmax {
     for (int r = 0; r < 2; r++) offset[r] = kNothingSeen, sum[r] = 0.f;
   }
 
-  // Scores become p. Returns whether m was raised: then O must be multiplied by `rescale`.
+  // Scores become p. Returns whether m was raised: then O must be multiplied by `rescale`. `first` (a constant):
+  // there is no m yet, and no exponential goes ahead.
   JF_DEVICE bool step(const float (&s)[kScores], const BlockScale (&scales)[kBlocks], u32 (&p)[kScores / 4],
-                      float (&rescale)[2]) {
+                      float (&rescale)[2], bool first) {
     float tile_sum[2];
-    bool raised = false;
+    bool raised = first;
+    if (first) raise(s, scales, rescale);
     while (true) {
       const float largest = exponentials(s, scales, p, tile_sum);
       if (raised || !__any_sync(~0u, largest >= kOverflow)) break;
@@ -463,7 +465,7 @@ struct Consumer {
       }
     };
     // Products of tile n -> P(n); whether O must be rescaled.
-    const auto probabilities = [&](int n) {
+    const auto probabilities = [&](int n, bool first) {
       Scores floats;
       Scores& s = as_floats(sums, floats);
       if constexpr (kIntegers) {
@@ -486,7 +488,7 @@ struct Consumer {
           hide_other_segments(s, at, segments_of(problem, args.features, band, item.batch));
         }
       }
-      return softmax.step(s, scales, p, rescale);
+      return softmax.step(s, scales, p, rescale, first);
     };
 
     barrier_wait(shared_address(&shared.q_full), progress.item());
@@ -507,7 +509,7 @@ struct Consumer {
       wgmma_wait<0>();
       pin(sums);
       if (tiles.size() == 1) arrive(shared.q_free);
-      probabilities(tiles.end - 1);
+      probabilities(tiles.end - 1, true);
 
       for (int n = tiles.end - 2; n >= tiles.begin; n--) {
         const Progress values = progress;
@@ -529,7 +531,7 @@ struct Consumer {
         pin(p);
         arrive(shared.v_free[values.slot()]);
         if (n == tiles.begin) arrive(shared.q_free);  // the next item's Q may come while this one ends
-        if (probabilities(n)) {
+        if (probabilities(n, false)) {
 #pragma unroll
           for (int i = 0; i < kOutputs; i++) o[i] *= rescale[fragment_row(i)];
         }
