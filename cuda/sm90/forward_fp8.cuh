@@ -37,10 +37,10 @@
 //   named 1 + group            the group's own
 //   named 1 + kGroups + group  this group, the one before: the group's turn to start products
 //
-// Softmax: the maximum is computed for the first tile only. Exponentials of the others go ahead with m as it is; if any sum
-// of 8 of them reaches 2^8 (e4m3 ends at 448), the warp finds the true maximum, raises m and does the tile again. So a
-// tile costs one FMA, one exponential, one addition and half a conversion an element. m is an integer: rescaling is
-// exact, and the rounding of p does not depend on the order of tiles.
+// Softmax: the maximum is computed for the first tile only. Exponentials of the others go ahead with m as it is; if any
+// sum of 8 of them reaches 2^8 (e4m3 ends at 448), the warp finds the true maximum, raises m and does the tile again.
+// So a tile costs one FMA, one exponential, one addition and half a conversion an element. m is an integer: rescaling
+// is exact, and the rounding of p does not depend on the order of tiles.
 //
 // Numerics: products are exact; wgmma keeps about 14 bits of the sums of e4m3, and all of those of int8; softmax, sums
 // and rescaling in fp32.
@@ -65,6 +65,9 @@ constexpr int kTileBytes = kKeys * kHead;
 // With two stages K of the next tile must not wait for V of the one before last.
 constexpr bool kFreesKeysFirst = kStages == 2;
 constexpr bool kTurns = kHead == 256 && kGroups == 2;
+// At the diagonal a group of 64 rows often sees no more than 64 keys of its last tile: the others cost no exponentials.
+constexpr int kFewKeys = kKeys == 96 ? 64 : kKeys / 2;
+constexpr bool kSeesFew = (kSpec.causal || kSpec.window_right) && kKeys > 64;
 constexpr int kScaleSlots = kFreesKeysFirst ? 2 * kStages : kStages;  // scales may be read a little longer than K
 constexpr float kTop = 4.f;                                           // p is 2^kTop where the score is m
 constexpr float kOverflow = 256.f;  // of a sum of 8 values of p: then none exceeds what e4m3 holds
@@ -192,6 +195,15 @@ JF_DEVICE void accumulate(float (&o)[kOutputs], const u32 (&p)[kScores / 4], u32
   }
 }
 
+// -inf over scores that a row does not see, of columns kBegin to kEnd of the tile from `key0` on, unless its group's
+// rows see all of them.
+template <int kBegin, int kEnd>
+JF_DEVICE void hide_unseen(float (&s)[kScores], int group_row, int warp_row, int key0, const CallBand& band) {
+  if (band.interior(group_row, 64, key0 + kBegin, kEnd - kBegin)) return;
+  hide_outside_band(reinterpret_cast<float (&)[(kEnd - kBegin) / 2]>(s[kBegin / 2]),
+                    warp_fragment<false>(warp_row, key0 + kBegin), band);
+}
+
 // The scale, but of a size of at least `least`. The sign is a mark, with kNaNByte.
 JF_DEVICE float bounded(float scale, float least) {
   if constexpr (kIntegers) return copysignf(fmaxf(fabsf(scale), least), scale);
@@ -212,21 +224,24 @@ struct Fp8Softmax {
     for (int r = 0; r < 2; r++) offset[r] = kNothingSeen, sum[r] = 0.f;
   }
 
-  // Scores become p. Returns whether m was raised: then O must be multiplied by `rescale`. `first` (a constant):
-  // there is no m yet, and no exponential goes ahead.
+  // Scores of the first kSeen columns become p. Returns whether m was raised: then O must be multiplied by `rescale`.
+  // `first` (a constant): there is no m yet, and no exponential goes ahead.
+  template <int kSeen = kKeys>
   JF_DEVICE bool step(const float (&s)[kScores], const BlockScale (&scales)[kBlocks], u32 (&p)[kScores / 4],
                       float (&rescale)[2], bool first) {
     float tile_sum[2];
     bool raised = first;
-    if (first) raise(s, scales, rescale);
+    if (first) raise<kSeen>(s, scales, rescale);
     while (true) {
-      const float largest = exponentials(s, scales, p, tile_sum);
+      const float largest = exponentials<kSeen>(s, scales, p, tile_sum);
       if (raised || !__any_sync(~0u, largest >= kOverflow)) break;
-      raise(s, scales, rescale);
+      raise<kSeen>(s, scales, rescale);
       raised = true;
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) sum[r] += tile_sum[r];
+#pragma unroll
+    for (int i = kSeen / 8; i < kScores / 4; i++) p[i] = 0;
     return raised;
   }
 
@@ -239,16 +254,18 @@ struct Fp8Softmax {
 
   // p, the sums of p / v_scale, and (as the result) the largest sum of 8 values of p. In a software pipeline over
   // chunks of 8: exponents of one, exponentials of the one before, sums and conversions of the one before that.
+  template <int kSeen>
   JF_DEVICE float exponentials(const float (&s)[kScores], const BlockScale (&scales)[kBlocks], u32 (&p)[kScores / 4],
                                float (&sums)[2]) const {
-    float x[kScores], part[2], largest = 0.f;
+    constexpr int kCount = kSeen / 2;
+    float x[kCount], part[2], largest = 0.f;
     sums[0] = sums[1] = 0.f;
 #pragma unroll
-    for (int i = 0; i < kScores + 2 * kLag; i++) {
-      if (const int n = i; n < kScores) {
+    for (int i = 0; i < kCount + 2 * kLag; i++) {
+      if (const int n = i; n < kCount) {
         x[n] = fma_ordered(s[score_of(n)], scales[n / 16].unit, scales[n / 16].lift - offset[row_of(n)]);
       }
-      if (const int n = i - kLag; n >= 0 && n < kScores) x[n] = exp2_ordered(x[n]);
+      if (const int n = i - kLag; n >= 0 && n < kCount) x[n] = exp2_ordered(x[n]);
       if (const int n = i - 2 * kLag; n >= 0) {
         float& sum = part[row_of(n)];
         sum = n % 16 == 0 || n % 16 == 4 ? x[n] : add_ordered(sum, x[n]);
@@ -262,10 +279,11 @@ struct Fp8Softmax {
     return largest;
   }
 
+  template <int kSeen>
   JF_DEVICE void raise(const float (&s)[kScores], const BlockScale (&scales)[kBlocks], float (&rescale)[2]) {
     float highest[2] = {-infinity(), -infinity()};
 #pragma unroll
-    for (int i = 0; i < kScores; i++) {
+    for (int i = 0; i < kSeen / 2; i++) {
       float& row = highest[fragment_row(i)];
       row = fmaxf(row, fmaf(s[i], scales[i / 16].unit, scales[i / 16].lift));
     }
@@ -436,7 +454,7 @@ struct Consumer {
     const int group_row = item.row0 + group() * 64, warp_row = item.row0 + row_in_tile();
     const u32 q = rows_low(shared_address(shared.q) + group() * 64 * kRowBytes), k = rows_low(shared_address(shared.k)),
               v = values_low(shared_address(shared.v));
-    const Range tiles = uniform(meet(item.key_tiles, tiles_of(band.keys_of(group_row, 64), kKeys)));
+    const Range seen = uniform(band.keys_of(group_row, 64)), tiles = meet(item.key_tiles, tiles_of(seen, kKeys));
     const int ahead = tiles.size() == 0 ? item.key_tiles.size() : item.key_tiles.end - tiles.end;
     CallBand keys_band = band;
     keys_band.q_end = kFar;  // rows past the end are dropped by the store: a partial tile masks no more than a full one
@@ -474,6 +492,7 @@ struct Consumer {
       }
       free_k();
       const Fragment<false> at = warp_fragment<false>(warp_row, n * kKeys);
+      const bool few = kSeesFew && first && seen.end <= n * kKeys + kFewKeys;
       if constexpr (!kPlainScores) {
 #pragma unroll
         for (int i = 0; i < kScores; i++) s[i] *= scales[i / 16].unit;
@@ -483,12 +502,17 @@ struct Consumer {
       }
       if constexpr (kSpec.mask) hide_masked(s, at, problem, args.features, item.batch, item.head);
       if (!interior(n)) {
-        hide_outside_band(s, at, keys_band);
+        if (kSeesFew && first) {
+          hide_unseen<0, kFewKeys>(s, group_row, warp_row, n * kKeys, keys_band);
+          if (!few) hide_unseen<kFewKeys, kKeys>(s, group_row, warp_row, n * kKeys, keys_band);
+        } else {
+          hide_outside_band(s, at, keys_band);
+        }
         if constexpr (kSpec.segment_ids) {
           hide_other_segments(s, at, segments_of(problem, args.features, band, item.batch));
         }
       }
-      return softmax.step(s, scales, p, rescale, first);
+      return few ? softmax.step<kFewKeys>(s, scales, p, rescale, first) : softmax.step(s, scales, p, rescale, first);
     };
 
     barrier_wait(shared_address(&shared.q_full), progress.item());
