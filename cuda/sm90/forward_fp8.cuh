@@ -20,20 +20,20 @@
 //   128    192 x 96    3       32 + 3*160  4
 //   256    128 x 128   2       24 + 2*240  2       (scores with features: 128 x 96 or 128 x 64 with two groups)
 //
-//   shared memory   Q queries x head | out queries x head (16-bit) | K stages x keys x head | V stages x keys x head
+//   shared memory   Q one or two times queries x head | out queries x head (16-bit) | K, V stages x keys x head each
 //   Q, K: rows of 128 (64) bytes, swizzled; V: [keys / 16, head, 16], whose 128-byte core matrices wgmma reads
 //   unswizzled. Inside 16 keys V is permuted so that accumulator registers of S, converted in place, are the A operand
 //   of P V.
 //
 //   barrier     arrives                     waits
 //   q_full      producer + TMA              consumers, before a tile's first product
-//   q_free      each group                  producer: all groups have read Q of the item before
+//   q_free      each group                  producer: all groups have read Q of the slot
 //   k_full      producer, its scales + TMA  consumers
 //   v_full      producer + TMA              consumers
 //   k_free      each group                  producer, with two stages: all groups are done with K of the slot
 //   v_free      each group                  producer: ... with V, and with K
-//   item_full   producer                    consumers: the next item and the scales of its queries are there
-//   item_free   each group                  producer: all are done with the item before
+//   item_full   producer                    consumers: an item and the scales of its queries are there; two slots
+//   item_free   each group                  producer: all are done with the item of the slot
 //   named 1 + group            the group's own
 //   named 1 + kGroups + group  this group, the one before: the group's turn to start products
 //
@@ -51,7 +51,8 @@
 
 namespace jf {
 
-constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys, kHead = kTiles.head, kStages = kTiles.stages;
+constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys, kHead = kTiles.head, kStages = kTiles.stages,
+              kQStages = kTiles.q_stages;
 constexpr int kGroups = kQueries / 64;
 constexpr bool kIntegers = kSpec.dtype == DType::kInt8;  // query and key
 constexpr int kThreads = 128 * (kGroups + 1);
@@ -64,6 +65,7 @@ constexpr int kLag = 4;                                   // steps between the s
 constexpr int kTileBytes = kKeys * kHead;
 // With two stages K of the next tile must not wait for V of the one before last.
 constexpr bool kFreesKeysFirst = kStages == 2;
+constexpr int kItems = 2;  // on the way: with two slots for Q as well, a group need not wait for the slowest one
 constexpr bool kTurns = kHead == 256 && kGroups == 2;
 // At the diagonal a group of 64 rows often sees no more than 64 keys of its last tile: the others cost no exponentials.
 constexpr int kFewKeys = kKeys == 96 ? 64 : kKeys / 2;
@@ -95,29 +97,30 @@ struct Item {
 };
 
 struct alignas(1024) Shared {
-  unsigned char q[kQueries * kHead];
+  unsigned char q[kQStages][kQueries * kHead];
   unsigned char out[kQueries * kHead * 2];
   unsigned char k[kStages][kTileBytes];
   unsigned char v[kStages][kTileBytes];
   BlockScale scales[kScaleSlots][kBlocks];
-  u64 q_full, q_free, item_full, item_free;
+  u64 q_full[kQStages], q_free[kQStages], item_full[kItems], item_free[kItems];
   u64 k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
-  Item items[2];                              // of each parity
-  float q_scales[2][kQueries / kScaleBlock];  // of an item's queries
-  unsigned char nan_rows[2 * kQueries];       // bit r: row r of a consumer thread holds NaN; only of int8
+  Item items[kItems];
+  float q_scales[kItems][kQueries / kScaleBlock];  // of an item's queries
+  unsigned char nan_rows[2 * kQueries];            // bit r: row r of a consumer thread holds NaN; only of int8
 };
 static_assert(sizeof(Shared) <= 232448);
 
-// How far a role has come, in one register: the key tiles it has passed, each with a slot of the ring of K and V and
-// the parity of the pass over the ring, and in the top bit the parity of the item.
+// How far a role has come: the key tiles and items it has passed. Each has a slot of its ring, and the parity of the
+// pass over it.
 struct Progress {
-  u32 count;
-  JF_DEVICE u32 slot() const { return count % kStages; }
-  JF_DEVICE u32 scales() const { return count % kScaleSlots; }
-  JF_DEVICE u32 pass() const { return count / kStages % 2; }
-  JF_DEVICE u32 item() const { return count >> 31; }
-  JF_DEVICE void next_tile() { count++; }
-  JF_DEVICE void next_item() { count ^= 1u << 31; }
+  u32 tiles = 0, items = 0;
+  JF_DEVICE u32 slot() const { return tiles % kStages; }
+  JF_DEVICE u32 scales() const { return tiles % kScaleSlots; }
+  JF_DEVICE u32 pass() const { return tiles / kStages % 2; }
+  JF_DEVICE u32 item() const { return items % kItems; }
+  JF_DEVICE u32 item_pass() const { return items / kItems % 2; }
+  JF_DEVICE u32 q() const { return items % kQStages; }
+  JF_DEVICE u32 q_pass() const { return items / kQStages % 2; }
 };
 
 JF_DEVICE Item item_of(const Sm90Fp8Args& args, int index) {
@@ -305,10 +308,10 @@ JF_DEVICE float q_scale_of(const Sm90Fp8Args& args, const Item& item) {
                min(item.row0 / kScaleBlock + lane_id(), blocks - 1));
 }
 
-// Makes an item the one of its parity; a warp does it, and a barrier must follow.
-JF_DEVICE void publish(Shared& shared, u32 parity, const Item& item, float q_scale) {
-  if (lane_id() == 0) shared.items[parity] = item;
-  if (lane_id() < kQueries / kScaleBlock) shared.q_scales[parity][lane_id()] = q_scale;
+// Puts an item into a slot; a warp does it, and a barrier must follow.
+JF_DEVICE void publish(Shared& shared, u32 slot, const Item& item, float q_scale) {
+  if (lane_id() == 0) shared.items[slot] = item;
+  if (lane_id() < kQueries / kScaleBlock) shared.q_scales[slot][lane_id()] = q_scale;
 }
 
 // For the producer's warp: no lane still waits for a phase when the leader lets the next one come.
@@ -322,23 +325,23 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
   const Problem& p = args.problem;
   const bool leads = threadIdx.x == 0;
   const int blocks = ceil_div(p.kv_len, kScaleBlock);
-  const u32 q_full = shared_address(&shared.q_full);
-  Progress at = {0};
-  for (Item item = shared.items[0]; item.row0 >= 0; at.next_item()) {
+  Progress at;
+  for (Item item = shared.items[0]; item.row0 >= 0;) {
     const int k_entry = p.k_batch(item.batch), v_entry = p.v_batch(item.batch);
     const float* k_scales = scales_of(args.k_scale, k_entry, p.kv_heads, item.kv_head, blocks);
     const float* v_scales = scales_of(args.v_scale, v_entry, p.kv_heads, item.kv_head, blocks);
-    wait_together(shared_address(&shared.q_free), at.item() ^ 1);
+    const u32 q_full = shared_address(&shared.q_full[at.q()]);
+    wait_together(shared_address(&shared.q_free[at.q()]), at.q_pass() ^ 1);
     if (leads) {
       barrier_arrive_expect(q_full, kQueries * kHead);
 #pragma unroll
       for (int atom = 0; atom < kAtoms; atom++) {
-        tma_load(shared_address(shared.q) + atom * kQueries * kRowBytes, args.q, q_full, atom * kRowBytes, item.head,
-                 item.row0, p.q_batch(item.batch));
+        tma_load(shared_address(shared.q[at.q()]) + atom * kQueries * kRowBytes, args.q, q_full, atom * kRowBytes,
+                 item.head, item.row0, p.q_batch(item.batch));
       }
     }
 #pragma unroll 1
-    for (int n = item.key_tiles.end - 1; n >= item.key_tiles.begin; n--, at.next_tile()) {
+    for (int n = item.key_tiles.end - 1; n >= item.key_tiles.begin; n--, at.tiles++) {
       const u32 k_full = shared_address(&shared.k_full[at.slot()]), v_full = shared_address(&shared.v_full[at.slot()]);
       const int block = min(n * kBlocks + lane_id(), blocks - 1);
       const float k_scale = __ldg(k_scales + block), v_scale = __ldg(v_scales + block);
@@ -364,12 +367,13 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
       }
       __syncwarp();
     }
+    at.items++;  // and no item is taken before there is a slot for it: taken early, it may be one too many
+    wait_together(shared_address(&shared.item_free[at.item()]), at.item_pass() ^ 1);
     item = item_of(args, gridDim.x + uniform(leads ? atomicAdd(args.counter, 1) : 0));
     const float q_scale = item.row0 < 0 ? 0.f : q_scale_of(args, item);
-    wait_together(shared_address(&shared.item_free), at.item() ^ 1);
-    publish(shared, at.item() ^ 1, item, q_scale);
+    publish(shared, at.item(), item, q_scale);
     __syncwarp();
-    if (leads) barrier_arrive(shared_address(&shared.item_full));
+    if (leads) barrier_arrive(shared_address(&shared.item_full[at.item()]));
   }
 }
 
@@ -378,7 +382,7 @@ struct Consumer {
   const Sm90Fp8Args& args;
   Shared& shared;
   const int turn = kTurns ? uniform(group()) : 0;  // the group's place in their order
-  Progress progress = {0};
+  Progress progress;
   Fp8Softmax softmax = {};
 
   // Recomputed where they are used: see afresh.
@@ -429,14 +433,14 @@ struct Consumer {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = row_in_tile() + lane_id() / 4 + 8 * r;
-      if (shared.q[row * kRowBytes] == kNaNByte) nan_rows() |= 1 << r;
+      if (shared.q[progress.q()][row * kRowBytes] == kNaNByte) nan_rows() |= 1 << r;
     }
   }
 
   // Lets key tiles pass that no row of this group sees.
   JF_DEVICE void skip(int count) {
 #pragma unroll 1
-    for (; count > 0; count--, progress.next_tile()) {
+    for (; count > 0; count--, progress.tiles++) {
       wait_k();
       wait_turn();
       pass_turn();
@@ -452,8 +456,8 @@ struct Consumer {
     const Item& item = this->item();
     const CallBand band = band_of(problem, args.features, item.batch);
     const int group_row = item.row0 + group() * 64, warp_row = item.row0 + row_in_tile();
-    const u32 q = rows_low(shared_address(shared.q) + group() * 64 * kRowBytes), k = rows_low(shared_address(shared.k)),
-              v = values_low(shared_address(shared.v));
+    const u32 q = rows_low(shared_address(shared.q[progress.q()]) + group() * 64 * kRowBytes),
+              k = rows_low(shared_address(shared.k)), v = values_low(shared_address(shared.v));
     const Range seen = uniform(band.keys_of(group_row, 64)), tiles = meet(item.key_tiles, tiles_of(seen, kKeys));
     const int ahead = tiles.size() == 0 ? item.key_tiles.size() : item.key_tiles.end - tiles.end;
     CallBand keys_band = band;
@@ -515,13 +519,13 @@ struct Consumer {
       return few ? softmax.step<kFewKeys>(s, scales, p, rescale, first) : softmax.step(s, scales, p, rescale, first);
     };
 
-    barrier_wait(shared_address(&shared.q_full), progress.item());
+    barrier_wait(shared_address(&shared.q_full[progress.q()]), progress.q_pass());
     if constexpr (kIntegers) find_nan_rows(q_scale < 0.f);
     skip(uniform(ahead));
-    progress.count = uniform(progress.count);  // as before the branch: addresses of slots stay in uniform registers
+    progress.tiles = uniform(progress.tiles);  // as before the branch: addresses of slots stay in uniform registers
     if (tiles.size() == 0) {
       named_sync(1 + group(), 128);  // as in run: without products nothing else keeps the warps together
-      arrive(shared.q_free);
+      arrive(shared.q_free[progress.q()]);
     } else {
       wait_k();
       wait_turn();
@@ -532,12 +536,12 @@ struct Consumer {
       load_scales();
       wgmma_wait<0>();
       pin(sums);
-      if (tiles.size() == 1) arrive(shared.q_free);
+      if (tiles.size() == 1) arrive(shared.q_free[progress.q()]);
       probabilities(tiles.end - 1, true);
 
       for (int n = tiles.end - 2; n >= tiles.begin; n--) {
         const Progress values = progress;
-        progress.next_tile();
+        progress.tiles++;
         wait_k();
         wait_turn();
         pin(p);
@@ -554,7 +558,7 @@ struct Consumer {
         pin(o);
         pin(p);
         arrive(shared.v_free[values.slot()]);
-        if (n == tiles.begin) arrive(shared.q_free);  // the next item's Q may come while this one ends
+        if (n == tiles.begin) arrive(shared.q_free[progress.q()]);  // the next item's Q may come while this one ends
         if (probabilities(n, false)) {
 #pragma unroll
           for (int i = 0; i < kOutputs; i++) o[i] *= rescale[fragment_row(i)];
@@ -567,7 +571,7 @@ struct Consumer {
       wgmma_wait<0>();
       pin(o);
       arrive(shared.v_free[progress.slot()]);
-      progress.next_tile();
+      progress.tiles++;
       if constexpr (kSpec.window_left) skip(uniform(tiles.begin - this->item().key_tiles.begin));
     }
     finish(o);
@@ -620,12 +624,12 @@ struct Consumer {
 
   JF_DEVICE void run() {
     if (kTurns && turn == kGroups - 1) pass_turn();  // to the first
-    while (item().row0 >= 0) {
+    while (true) {
+      barrier_wait(shared_address(&shared.item_full[progress.item()]), progress.item_pass());
+      if (item().row0 < 0) break;
       compute();
-      barrier_wait(shared_address(&shared.item_full), progress.item());
-      named_sync(1 + group(), 128);  // no warp still waits for this phase when the next one may end
-      arrive(shared.item_free);
-      progress.next_item();
+      arrive(shared.item_free[progress.item()]);  // by the thread that read it last
+      progress.items++;
     }
     if (kTurns && turn == 0) wait_turn();  // what the last group passed
     if (thread() == 0) bulk_wait<0>();
@@ -643,8 +647,14 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
     publish(shared, 0, item, q_scale_of(args, item));
   }
   if (threadIdx.x == 0) {
-    for (u64* barrier : {&shared.q_full, &shared.item_full}) barrier_init(shared_address(barrier), 1);
-    for (u64* barrier : {&shared.q_free, &shared.item_free}) barrier_init(shared_address(barrier), kGroups);
+    for (int i = 0; i < kQStages; i++) {
+      barrier_init(shared_address(&shared.q_full[i]), 1);
+      barrier_init(shared_address(&shared.q_free[i]), kGroups);
+    }
+    for (int i = 0; i < kItems; i++) {
+      barrier_init(shared_address(&shared.item_full[i]), 1);
+      barrier_init(shared_address(&shared.item_free[i]), kGroups);
+    }
     for (int i = 0; i < kStages; i++) {
       barrier_init(shared_address(&shared.k_full[i]), 2);
       barrier_init(shared_address(&shared.v_full[i]), 1);
@@ -652,6 +662,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
       barrier_init(shared_address(&shared.v_free[i]), kGroups);
     }
     barrier_init_fence();
+    barrier_arrive(shared_address(&shared.item_full[0]));  // waited for behind the block's barrier
   }
   __syncthreads();
   if (threadIdx.x < 128) {

@@ -16,6 +16,7 @@ struct Sm90Fp8Tiles {
   int queries, keys;  // rows and columns of a score tile; one consumer warpgroup for each 64 queries
   int head;           // head size of query, key and value in shared memory: 64, 128 or 256
   int stages;         // key and value tiles on the way
+  int q_stages;       // query tiles: this one and the next
   DType out;
 };
 
