@@ -213,10 +213,8 @@ JF_DEVICE float bounded(float scale, float least) {
   return fmaxf(scale, least);
 }
 
-// First scale of a head.
-JF_DEVICE const float* scales_of(const float* scales, int b, int heads, int head, int blocks) {
-  return scales + (static_cast<long long>(b) * heads + head) * blocks;
-}
+// Place of a head's first scale. (Their tokens fit the GPU's memory, so that an int holds it.)
+JF_DEVICE int first_scale(int b, int heads, int head, int blocks) { return (b * heads + head) * blocks; }
 
 struct Fp8Softmax {
   float offset[2];  // m - kTop of the thread's two rows
@@ -304,7 +302,7 @@ struct Fp8Softmax {
 JF_DEVICE float q_scale_of(const Sm90Fp8Args& args, const Item& item) {
   const Problem& p = args.problem;
   const int blocks = ceil_div(p.q_len, kScaleBlock);
-  return __ldg(scales_of(args.q_scale, p.q_batch(item.batch), p.q_heads, item.head, blocks) +
+  return __ldg(args.q_scale + first_scale(p.q_batch(item.batch), p.q_heads, item.head, blocks) +
                min(item.row0 / kScaleBlock + lane_id(), blocks - 1));
 }
 
@@ -320,31 +318,44 @@ JF_DEVICE void wait_together(u32 barrier, u32 parity) {
   __syncwarp();
 }
 
-// Loads of every item this block takes, and the taking of items: one warp.
+// Loads of every item this block takes, and the taking of items: one warp. What it reads itself is asked for ahead: the
+// scales of a key tile with the tile before it.
 JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
   const Problem& p = args.problem;
   const bool leads = threadIdx.x == 0;
   const int blocks = ceil_div(p.kv_len, kScaleBlock);
   Progress at;
-  for (Item item = shared.items[0]; item.row0 >= 0;) {
+  for (int index = blockIdx.x;; index = gridDim.x + uniform(leads ? atomicAdd(args.counter, 1) : 0)) {
+    const Item item = item_of(args, index);
+    const bool valid = item.row0 >= 0;
+    const float q_scale = valid ? q_scale_of(args, item) : 0.f;
     const int k_entry = p.k_batch(item.batch), v_entry = p.v_batch(item.batch);
-    const float* k_scales = scales_of(args.k_scale, k_entry, p.kv_heads, item.kv_head, blocks);
-    const float* v_scales = scales_of(args.v_scale, v_entry, p.kv_heads, item.kv_head, blocks);
-    const u32 q_full = shared_address(&shared.q_full[at.q()]);
-    wait_together(shared_address(&shared.q_free[at.q()]), at.q_pass() ^ 1);
-    if (leads) {
-      barrier_arrive_expect(q_full, kQueries * kHead);
+    const auto scales_of_tile = [&](int n) {
+      const int block = min(max(n, 0) * kBlocks + lane_id(), blocks - 1);
+      return float2{__ldg(args.k_scale + first_scale(k_entry, p.kv_heads, item.kv_head, blocks) + block),
+                    __ldg(args.v_scale + first_scale(v_entry, p.kv_heads, item.kv_head, blocks) + block)};
+    };
+    float2 scales{};
+    if (valid) {
+      scales = scales_of_tile(item.key_tiles.end - 1);
+      const u32 q_full = shared_address(&shared.q_full[at.q()]);
+      wait_together(shared_address(&shared.q_free[at.q()]), at.q_pass() ^ 1);
+      if (leads) {
+        barrier_arrive_expect(q_full, kQueries * kHead);
 #pragma unroll
-      for (int atom = 0; atom < kAtoms; atom++) {
-        tma_load(shared_address(shared.q[at.q()]) + atom * kQueries * kRowBytes, args.q, q_full, atom * kRowBytes,
-                 item.head, item.row0, p.q_batch(item.batch));
+        for (int atom = 0; atom < kAtoms; atom++) {
+          tma_load(shared_address(shared.q[at.q()]) + atom * kQueries * kRowBytes, args.q, q_full, atom * kRowBytes,
+                   item.head, item.row0, p.q_batch(item.batch));
+        }
       }
     }
+    publish(shared, at.item(), item, q_scale);
+    __syncwarp();
+    if (leads) barrier_arrive(shared_address(&shared.item_full[at.item()]));
+    if (!valid) return;
 #pragma unroll 1
     for (int n = item.key_tiles.end - 1; n >= item.key_tiles.begin; n--, at.tiles++) {
       const u32 k_full = shared_address(&shared.k_full[at.slot()]), v_full = shared_address(&shared.v_full[at.slot()]);
-      const int block = min(n * kBlocks + lane_id(), blocks - 1);
-      const float k_scale = __ldg(k_scales + block), v_scale = __ldg(v_scales + block);
       wait_together(shared_address(&(kFreesKeysFirst ? shared.k_free : shared.v_free)[at.slot()]), at.pass() ^ 1);
       if (leads) {
         barrier_arrive_expect(k_full, kTileBytes);
@@ -355,8 +366,10 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
         }
       }
       if (lane_id() < kBlocks) {
-        shared.scales[at.scales()][lane_id()] = {bounded(k_scale, kLeastKeyScale), log2_fast(v_scale), 1.f / v_scale};
+        shared.scales[at.scales()][lane_id()] = {bounded(scales.x, kLeastKeyScale), log2_fast(scales.y),
+                                                 reciprocal(scales.y)};
       }
+      scales = scales_of_tile(n - 1);
       __syncwarp();  // before the leader's arrival, which hands the scales over
       if (leads) {
         barrier_arrive(k_full);
@@ -369,11 +382,6 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
     }
     at.items++;  // and no item is taken before there is a slot for it: taken early, it may be one too many
     wait_together(shared_address(&shared.item_free[at.item()]), at.item_pass() ^ 1);
-    item = item_of(args, gridDim.x + uniform(leads ? atomicAdd(args.counter, 1) : 0));
-    const float q_scale = item.row0 < 0 ? 0.f : q_scale_of(args, item);
-    publish(shared, at.item(), item, q_scale);
-    __syncwarp();
-    if (leads) barrier_arrive(shared_address(&shared.item_full[at.item()]));
   }
 }
 
@@ -642,10 +650,6 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
     sm90_forward_fp8(const __grid_constant__ jf::Sm90Fp8Args args) {
   using namespace jf;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
-  if (threadIdx.x < 32) {
-    const Item item = item_of(args, blockIdx.x);
-    publish(shared, 0, item, q_scale_of(args, item));
-  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < kQStages; i++) {
       barrier_init(shared_address(&shared.q_full[i]), 1);
@@ -662,7 +666,6 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)
       barrier_init(shared_address(&shared.v_free[i]), kGroups);
     }
     barrier_init_fence();
-    barrier_arrive(shared_address(&shared.item_full[0]));  // waited for behind the block's barrier
   }
   __syncthreads();
   if (threadIdx.x < 128) {
