@@ -284,9 +284,12 @@ struct Fp8Softmax {
   JF_DEVICE void raise(const float (&s)[kScores], const BlockScale (&scales)[kBlocks], float (&rescale)[2]) {
     float highest[2] = {-infinity(), -infinity()};
 #pragma unroll
-    for (int i = 0; i < kSeen / 2; i++) {
-      float& row = highest[fragment_row(i)];
-      row = fmaxf(row, fmaf(s[i], scales[i / 16].unit, scales[i / 16].lift));
+    for (int b = 0; b < kSeen / kScaleBlock; b++) {
+      float of_block[2] = {-infinity(), -infinity()};
+#pragma unroll
+      for (int i = 0; i < 16; i++) of_block[fragment_row(i)] = fmaxf(of_block[fragment_row(i)], s[16 * b + i]);
+#pragma unroll
+      for (int r = 0; r < 2; r++) highest[r] = fmaxf(highest[r], fmaf(of_block[r], scales[b].unit, scales[b].lift));
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -591,18 +594,19 @@ struct Consumer {
     const Problem& problem = args.problem;
     const Item& item = this->item();
     const int q_end = band_of(problem, args.features, item.batch).q_end;
+    const int row0 = item.row0 + row_in_tile() + lane_id() / 4;
+    float* lse = args.lse + (static_cast<long long>(item.batch) * problem.q_heads + item.head) * problem.q_len + row0;
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const int row = item.row0 + row_in_tile() + lane_id() / 4 + 8 * r;
+      const int row = row0 + 8 * r;
       float total = row_sum(softmax.sum[r]);
       const bool empty = total == 0.f || row >= q_end;
       if (kIntegers && nan_rows() >> r & 1) total = not_a_number();
       if constexpr (kSpec.sinks) total += exp2_fast(args.features.sinks[item.head] * kLog2E - softmax.offset[r]);
-      factor[r] = empty ? 0.f : 1.f / total;
+      factor[r] = empty ? 0.f : reciprocal(total);
       if (lane_id() % 4 == 0 && row < problem.q_len) {
-        const long long at = (static_cast<long long>(item.batch) * problem.q_heads + item.head) * problem.q_len + row;
-        args.lse[at] = empty ? -infinity() : (softmax.offset[r] + log2_fast(total)) * kLn2;
+        lse[8 * r] = empty ? -infinity() : (softmax.offset[r] + log2_fast(total)) * kLn2;
       }
     }
     const auto packed = [&](int i) {  // zeros where the row is empty, whatever O holds
