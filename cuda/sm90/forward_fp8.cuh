@@ -7,8 +7,8 @@
 //
 // Grid: one block a multiprocessor; a work item is a (query tile, head, batch entry). The first is the block's own
 // index, the next ones come from a counter. Full attention: tiles of a head side by side. Causal: inside sections of
-// heads whose keys and values share the L2, tiles with the most keys first. Key tiles are walked from the last to the
-// first.
+// heads whose keys and values share the L2, tiles with the most keys first; where groups of a tile have no rows, it is
+// the first tile, which has the fewest keys and begins below row 0. Key tiles are walked from the last to the first.
 //
 // Block: one producer warpgroup (one thread issues every load) and kGroups = queries / 64 consumer warpgroups.
 // A group lets key tiles pass that none of its rows sees. A consumer computes S(n-1) = Q K(n-1)^T and O += P(n) V(n) in
@@ -91,7 +91,7 @@ struct alignas(16) BlockScale {
 };
 
 struct Item {
-  int row0, head, kv_head, batch;  // row0 < 0: there is no more work
+  int row0, head, kv_head, batch;  // head < 0: there is no more work
   Range key_tiles;
   IdBounds q_ids;  // with segment ids
 };
@@ -125,7 +125,7 @@ struct Progress {
 
 JF_DEVICE Item item_of(const Sm90Fp8Args& args, int index) {
   const Problem& p = args.problem;
-  if (index >= args.items) return {-1};
+  if (index >= args.items) return {0, -1};
   int tile, pair;
   if constexpr (kSpec.causal) {
     const int per_section = args.section * args.q_tiles, section = index / per_section, inside = index % per_section;
@@ -137,7 +137,7 @@ JF_DEVICE Item item_of(const Sm90Fp8Args& args, int index) {
     tile = index % args.q_tiles;
   }
   Item item;
-  item.row0 = tile * kQueries;
+  item.row0 = args.row0 + tile * kQueries;
   item.head = pair % p.q_heads;
   item.batch = pair / p.q_heads;
   item.kv_head = kSpec.grouped ? item.head / (p.q_heads / p.kv_heads) : item.head;
@@ -306,7 +306,7 @@ JF_DEVICE float q_scale_of(const Sm90Fp8Args& args, const Item& item) {
   const Problem& p = args.problem;
   const int blocks = ceil_div(p.q_len, kScaleBlock);
   return __ldg(args.q_scale + first_scale(p.q_batch(item.batch), p.q_heads, item.head, blocks) +
-               min(item.row0 / kScaleBlock + lane_id(), blocks - 1));
+               min(max(item.row0 / kScaleBlock + lane_id(), 0), blocks - 1));
 }
 
 // Puts an item into a slot; a warp does it, and a barrier must follow.
@@ -330,7 +330,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
   Progress at;
   for (int index = blockIdx.x;; index = gridDim.x + uniform(leads ? atomicAdd(args.counter, 1) : 0)) {
     const Item item = item_of(args, index);
-    const bool valid = item.row0 >= 0;
+    const bool valid = item.head >= 0;
     const float q_scale = valid ? q_scale_of(args, item) : 0.f;
     const int k_entry = p.k_batch(item.batch), v_entry = p.v_batch(item.batch);
     const auto scales_of_tile = [&](int n) {
@@ -469,7 +469,8 @@ struct Consumer {
     const int group_row = item.row0 + group() * 64, warp_row = item.row0 + row_in_tile();
     const u32 q = rows_low(shared_address(shared.q[progress.q()]) + group() * 64 * kRowBytes),
               k = rows_low(shared_address(shared.k)), v = values_low(shared_address(shared.v));
-    const Range seen = uniform(band.keys_of(group_row, 64)), tiles = meet(item.key_tiles, tiles_of(seen, kKeys));
+    const Range seen = uniform(group_row < 0 ? Range{0, 0} : band.keys_of(group_row, 64)),
+                tiles = meet(item.key_tiles, tiles_of(seen, kKeys));
     const int ahead = tiles.size() == 0 ? item.key_tiles.size() : item.key_tiles.end - tiles.end;
     CallBand keys_band = band;
     keys_band.q_end = kFar;  // rows past the end are dropped by the store: a partial tile masks no more than a full one
@@ -605,7 +606,7 @@ struct Consumer {
       if (kIntegers && nan_rows() >> r & 1) total = not_a_number();
       if constexpr (kSpec.sinks) total += exp2_fast(args.features.sinks[item.head] * kLog2E - softmax.offset[r]);
       factor[r] = empty ? 0.f : reciprocal(total);
-      if (lane_id() % 4 == 0 && row < problem.q_len) {
+      if (lane_id() % 4 == 0 && static_cast<u32>(row) < static_cast<u32>(problem.q_len)) {
         lse[8 * r] = empty ? -infinity() : (softmax.offset[r] + log2_fast(total)) * kLn2;
       }
     }
@@ -638,7 +639,7 @@ struct Consumer {
     if (kTurns && turn == kGroups - 1) pass_turn();  // to the first
     while (true) {
       barrier_wait(shared_address(&shared.item_full[progress.item()]), progress.item_pass());
-      if (item().row0 < 0) break;
+      if (item().head < 0) break;
       compute();
       arrive(shared.item_free[progress.item()]);  // by the thread that read it last
       progress.items++;
