@@ -20,7 +20,7 @@ std::string DTypeText(DType dtype) { return "jf::DType(" + std::to_string(static
 // Features that work on each score cost registers: such variants take smaller tiles.
 Sm90Fp8Tiles ChooseTiles(const Call& call) {
   const Spec& spec = call.spec;
-  const int head = spec.head_dim, stages = head == 256 ? 2 : 4, q_stages = head == 256 ? 1 : 2;
+  const int head = spec.head_dim, stages = 512 / head, q_stages = head == 256 ? 1 : 2;
   if (spec.segment_ids || spec.mask || spec.bias() || spec.alibi || spec.softcap)
     return {128, 64, head, stages, q_stages, call.out_dtype};
   if (head == 64) return {192, 128, head, stages, q_stages, call.out_dtype};

@@ -16,7 +16,7 @@
 // size 256 they take turns, so that the products of one run under the softmax of the other.
 //
 //   head   tile        groups  registers   stages
-//   64     192 x 128   3       32 + 3*160  4
+//   64     192 x 128   3       32 + 3*160  8
 //   128    192 x 96    3       32 + 3*160  4
 //   256    128 x 128   2       24 + 2*240  2       (scores with features: 128 x 96 or 128 x 64 with two groups)
 //
