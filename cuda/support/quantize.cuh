@@ -17,6 +17,9 @@ namespace jf {
 
 constexpr int kThreads = 256;
 constexpr int kHead = kTiles.head;
+// Thread blocks of a multiprocessor: as many as have registers without spills, so that loads of some run under the
+// arithmetic of others.
+constexpr int kResident = kTiles.scores == DType::kInt8 || kSpec.q_lengths || kSpec.kv_lengths ? 4 : 5;
 constexpr int kLanes = kHead / 32;                      // of a token
 constexpr int kBlocksPerChunk = kThreads / kHead;       // scale blocks of a thread block
 constexpr int kRuns = 4;                                // of 8 values, in a thread
@@ -224,7 +227,8 @@ JF_DEVICE int chunks_of(const QuantizeArray& array) { return array.entries * arr
 
 }  // namespace jf
 
-extern "C" __global__ void __launch_bounds__(jf::kThreads) quantize(const __grid_constant__ jf::QuantizeArgs args) {
+extern "C" __global__ void __launch_bounds__(jf::kThreads, jf::kResident)
+    quantize(const __grid_constant__ jf::QuantizeArgs args) {
   using namespace jf;
   // The butterflies of q and k grow q . k by their size: the scales of k take that back.
   constexpr int kGrowth = kTiles.rotate ? kSpec.head_dim & -kSpec.head_dim : 1;
