@@ -20,7 +20,7 @@ std::string DTypeText(DType dtype) { return "jf::DType(" + std::to_string(static
 // Features that work on each score cost registers: such variants take smaller tiles.
 Sm90Fp8Tiles ChooseTiles(const Call& call) {
   const Spec& spec = call.spec;
-  const int head = spec.head_dim, stages = 512 / head, q_stages = head == 256 ? 1 : 2;
+  const int head = spec.head_dim, stages = 512 / head, q_stages = 256 / head;
   if (spec.segment_ids || spec.mask || spec.bias() || spec.alibi || spec.softcap)
     return {128, 64, head, stages, q_stages, call.out_dtype};
   if (head == 64) return {192, 128, head, stages, q_stages, call.out_dtype};
@@ -31,8 +31,8 @@ Sm90Fp8Tiles ChooseTiles(const Call& call) {
 size_t SharedBytes(const Sm90Fp8Tiles& tiles) {
   const size_t row_tile = tiles.queries * tiles.head, slot = 2 * tiles.keys * tiles.head;
   const size_t scales = std::max(4, tiles.stages) * (tiles.keys / kScaleBlock) * 16;
-  const size_t barriers = 8 * (4 + 2 * tiles.q_stages + 4 * tiles.stages),
-               items = 2 * (32 + tiles.queries / kScaleBlock * 4), nan_rows = 2 * tiles.queries;
+  const size_t barriers = 8 * (2 * kItems + 2 * tiles.q_stages + 4 * tiles.stages),
+               items = kItems * (32 + tiles.queries / kScaleBlock * 4), nan_rows = 2 * tiles.queries;
   return ((tiles.q_stages + 2) * row_tile + tiles.stages * slot + scales + barriers + items + nan_rows + 1023) / 1024 *
          1024;
 }

@@ -20,7 +20,7 @@
 //   128    192 x 96    3       32 + 3*160  4
 //   256    128 x 128   2       24 + 2*240  2       (scores with features: 128 x 96 or 128 x 64 with two groups)
 //
-//   shared memory   Q one or two times queries x head | out queries x head (16-bit) | K, V stages x keys x head each
+//   shared memory   Q stages x queries x head | out queries x head (16-bit) | K, V stages x keys x head each
 //   Q, K: rows of 128 (64) bytes, swizzled; V: [keys / 16, head, 16], whose 128-byte core matrices wgmma reads
 //   unswizzled. Inside 16 keys V is permuted so that accumulator registers of S, converted in place, are the A operand
 //   of P V.
@@ -32,7 +32,7 @@
 //   v_full      producer + TMA              consumers
 //   k_free      each group                  producer, with two stages: all groups are done with K of the slot
 //   v_free      each group                  producer: ... with V, and with K
-//   item_full   producer                    consumers: an item and the scales of its queries are there; two slots
+//   item_full   producer                    consumers: an item and the scales of its queries are there
 //   item_free   each group                  producer: all are done with the item of the slot
 //   named 1 + group            the group's own
 //   named 1 + kGroups + group  this group, the one before: the group's turn to start products
@@ -65,7 +65,6 @@ constexpr int kLag = 4;                                   // steps between the s
 constexpr int kTileBytes = kKeys * kHead;
 // With two stages K of the next tile must not wait for V of the one before last.
 constexpr bool kFreesKeysFirst = kStages == 2;
-constexpr int kItems = 2;  // on the way: with two slots for Q as well, a group need not wait for the slowest one
 constexpr bool kTurns = kHead == 256 && kGroups == 2;
 // At the diagonal a group of 64 rows often sees no more than 64 keys of its last tile: the others cost no exponentials.
 constexpr int kFewKeys = kKeys == 96 ? 64 : kKeys / 2;
