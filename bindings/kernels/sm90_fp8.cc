@@ -64,11 +64,12 @@ Planned PlanSm90ForwardFp8(const Call& call) {
        128 * (tiles.queries / 64 + 1), SharedBytes(tiles)});
   const SegmentPass segments = AddSegmentPass(call, tiles.queries, tiles.keys, true, false, &plan);
   const size_t counter = plan.AddScratch(sizeof(int));
-  const int q_tiles = CeilDiv(problem.q_len, tiles.queries), items = q_tiles * problem.q_heads * problem.batch;
+  const int q_tiles = CeilDiv(problem.q_len, tiles.queries), pairs = problem.q_heads * problem.batch,
+            items = q_tiles * pairs;
   // Groups of 64 rows that the tiles have too many stand where the fewest keys are.
   const int row0 = spec.causal && !spec.segment_ids ? (problem.q_len - q_tiles * tiles.queries) / 64 * 64 : 0;
   const long long head_bytes = 2LL * problem.kv_len * tiles.head;
-  const int section = std::max(1, static_cast<int>(std::min<long long>(items / q_tiles, (32LL << 20) / head_bytes)));
+  const int section = std::max(1, static_cast<int>(std::min<long long>(pairs, (32LL << 20) / head_bytes)));
   plan.facts = {{"scores", spec.dtype == DType::kInt8 ? "int8" : "e4m3"},
                 {"tile", std::to_string(tiles.queries) + " x " + std::to_string(tiles.keys)},
                 {"items", std::to_string(items)},
@@ -101,7 +102,7 @@ Planned PlanSm90ForwardFp8(const Call& call) {
                     EncodeTensorMap(HeadsTensor(launch.buffers.out, tiles.out, problem.batch, problem.q_len,
                                                 problem.q_heads, spec.value_dim, {64, 1, 64, 1}, Swizzle::k128Bytes)),
                     problem, launch.features, in.q_scale, in.k_scale, in.v_scale, launch.buffers.lse, segment_tiles,
-                    launch.Scratch<int>(counter), q_tiles, row0, items, section});
+                    launch.Scratch<int>(counter), q_tiles, row0, pairs, section});
   };
   return plan;
 }

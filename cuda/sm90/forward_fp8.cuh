@@ -122,27 +122,28 @@ struct Progress {
   JF_DEVICE u32 q_pass() const { return items / kQStages % 2; }
 };
 
-JF_DEVICE Item item_of(const Sm90Fp8Args& args, int index) {
+JF_DEVICE Item item_of(const Sm90Fp8Args& args, u32 index) {
   const Problem& p = args.problem;
-  if (index >= args.items) return {0, -1};
-  int tile, pair;
+  const u32 tiles = args.q_tiles, pairs = args.pairs, heads = p.q_heads;  // unsigned: divisions are shorter
+  if (index >= tiles * pairs) return {0, -1};
+  u32 tile, pair;
   if constexpr (kSpec.causal) {
-    const int per_section = args.section * args.q_tiles, section = index / per_section, inside = index % per_section;
-    const int width = min(args.section, args.items / args.q_tiles - section * args.section);
-    pair = section * args.section + inside % width;
-    tile = args.q_tiles - 1 - inside / width;
+    const u32 section = args.section, first = index / (section * tiles) * section, inside = index - first * tiles;
+    const u32 width = min(section, pairs - first);
+    pair = first + inside % width;
+    tile = tiles - 1 - inside / width;
   } else {
-    pair = index / args.q_tiles;
-    tile = index % args.q_tiles;
+    pair = index / tiles;
+    tile = index % tiles;
   }
   Item item;
-  item.row0 = args.row0 + tile * kQueries;
-  item.head = pair % p.q_heads;
-  item.batch = pair / p.q_heads;
+  item.row0 = args.row0 + static_cast<int>(tile) * kQueries;
+  item.head = pair % heads;
+  item.batch = pair / heads;
   item.kv_head = kSpec.grouped ? item.head / (p.q_heads / p.kv_heads) : item.head;
   item.key_tiles = tiles_of(band_of(p, args.features, item.batch).keys_of(item.row0, kQueries), kKeys);
   if constexpr (kSpec.segment_ids) {
-    const long long at = static_cast<long long>(item.batch) * args.q_tiles + tile;
+    const long long at = static_cast<long long>(item.batch) * tiles + tile;
     item.key_tiles = meet(item.key_tiles, args.segments.key_tiles[at]);
     item.q_ids = args.segments.q_bounds[at];
   }
@@ -327,7 +328,7 @@ JF_DEVICE void produce(const Sm90Fp8Args& args, Shared& shared) {
   const bool leads = threadIdx.x == 0;
   const int blocks = ceil_div(p.kv_len, kScaleBlock);
   Progress at;
-  for (int index = blockIdx.x;; index = gridDim.x + uniform(leads ? atomicAdd(args.counter, 1) : 0)) {
+  for (u32 index = blockIdx.x;; index = gridDim.x + uniform(leads ? atomicAdd(args.counter, 1) : 0)) {
     const Item item = item_of(args, index);
     const bool valid = item.head >= 0;
     const float q_scale = valid ? q_scale_of(args, item) : 0.f;

@@ -33,7 +33,7 @@ struct Sm90Fp8Args {
   int* counter;  // zero at launch: how many work items beyond the first of each block were taken
   int q_tiles;   // of one (batch entry, head)
   int row0;      // of the first of them: a multiple of 64, at most 0
-  int items;     // q_tiles for every (batch entry, head)
+  int pairs;     // (batch entry, head): a work item is a query tile of one
   int section;   // (batch entry, head) pairs that run side by side: their keys and values share the L2
 };
 
