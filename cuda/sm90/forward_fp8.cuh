@@ -56,7 +56,9 @@ constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys, kHead = kTiles.hea
 constexpr int kGroups = kQueries / 64;
 constexpr bool kIntegers = kSpec.dtype == DType::kInt8;  // query and key
 constexpr int kThreads = 128 * (kGroups + 1);
-constexpr int kProducerRegisters = kGroups == 2 ? 24 : 32, kConsumerRegisters = kGroups == 2 ? 240 : 160;
+// Tiles of 64 keys leave registers to the producer.
+constexpr int kProducerRegisters = kGroups == 3 ? 32 : (kKeys == 64 ? 40 : 24);
+constexpr int kConsumerRegisters = kGroups == 3 ? 160 : (kKeys == 64 ? 232 : 240);
 constexpr int kScores = kKeys / 2, kOutputs = kHead / 2;  // accumulator registers of a thread
 constexpr int kBlocks = kKeys / kScaleBlock;              // scales of a key tile; 8 scores of a row each, in a thread
 constexpr int kRowBytes = kHead < 128 ? kHead : 128;      // of a swizzled row of Q and K
