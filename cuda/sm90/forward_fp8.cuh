@@ -627,7 +627,8 @@ struct Consumer {
     }
     async_fence();
     named_sync(1 + group(), 128);
-    if (thread() == 0) {
+    // A group below row 0 stores nothing: TMA stops the kernel at a box that lies wholly before the tensor.
+    if (thread() == 0 && item.row0 + group() * 64 >= 0) {
 #pragma unroll
       for (int c = 0; c < kSpec.value_dim; c += 64) {
         tma_store(args.out, shared_address(shared.out) + c / 64 * kQueries * 128 + group() * 64 * 128, c, item.head,
