@@ -20,20 +20,21 @@ std::string DTypeText(DType dtype) { return "jf::DType(" + std::to_string(static
 // Features that work on each score cost registers: such variants take smaller tiles.
 Sm90Fp8Tiles ChooseTiles(const Call& call) {
   const Spec& spec = call.spec;
-  const int head = spec.head_dim, stages = head == 256 ? 2 : 4;
+  const int head = spec.head_dim, stages = 512 / head, q_stages = 256 / head;
   if (spec.segment_ids || spec.mask || spec.bias() || spec.alibi || spec.softcap)
-    return {128, 64, head, stages, call.out_dtype};
-  if (head == 64) return {192, 128, head, stages, call.out_dtype};
-  return {head == 128 ? 192 : 128, head == 128 ? 96 : 128, head, stages, call.out_dtype};
+    return {128, 64, head, stages, q_stages, call.out_dtype};
+  if (head == 64) return {192, 128, head, stages, q_stages, call.out_dtype};
+  return {head == 128 ? 192 : 128, head == 128 ? 96 : 128, head, stages, q_stages, call.out_dtype};
 }
 
 // sizeof the kernel's struct Shared.
 size_t SharedBytes(const Sm90Fp8Tiles& tiles) {
-  const size_t q = tiles.queries * tiles.head, slot = 2 * tiles.keys * tiles.head;
+  const size_t row_tile = tiles.queries * tiles.head, slot = 2 * tiles.keys * tiles.head;
   const size_t scales = std::max(4, tiles.stages) * (tiles.keys / kScaleBlock) * 16;
-  const size_t barriers = 8 * (4 + 4 * tiles.stages), items = 2 * (32 + tiles.queries / kScaleBlock * 4),
-               nan_rows = 2 * tiles.queries;
-  return (3 * q + tiles.stages * slot + scales + barriers + items + nan_rows + 1023) / 1024 * 1024;
+  const size_t barriers = 8 * (2 * kItems + 2 * tiles.q_stages + 4 * tiles.stages),
+               items = kItems * (32 + tiles.queries / kScaleBlock * 4), nan_rows = 2 * tiles.queries;
+  return ((tiles.q_stages + 2) * row_tile + tiles.stages * slot + scales + barriers + items + nan_rows + 1023) / 1024 *
+         1024;
 }
 
 constexpr int kQuantizeThreads = 256;
@@ -54,17 +55,21 @@ Planned PlanSm90ForwardFp8(const Call& call) {
 
   const Sm90Fp8Tiles tiles = ChooseTiles(call);
   Plan plan{"sm90_forward_fp8"};
-  plan.kernels.push_back({"sm90/forward_fp8.cuh", "sm90_forward_fp8",
-                          VariantText(spec, "#include \"sm90/fp8_args.h\"\nconstexpr jf::Sm90Fp8Tiles kTiles{" +
-                                                std::to_string(tiles.queries) + ", " + std::to_string(tiles.keys) +
-                                                ", " + std::to_string(tiles.head) + ", " +
-                                                std::to_string(tiles.stages) + ", " + DTypeText(tiles.out) + "};\n"),
-                          128 * (tiles.queries / 64 + 1), SharedBytes(tiles)});
+  plan.kernels.push_back(
+      {"sm90/forward_fp8.cuh", "sm90_forward_fp8",
+       VariantText(spec, "#include \"sm90/fp8_args.h\"\nconstexpr jf::Sm90Fp8Tiles kTiles{" +
+                             std::to_string(tiles.queries) + ", " + std::to_string(tiles.keys) + ", " +
+                             std::to_string(tiles.head) + ", " + std::to_string(tiles.stages) + ", " +
+                             std::to_string(tiles.q_stages) + ", " + DTypeText(tiles.out) + "};\n"),
+       128 * (tiles.queries / 64 + 1), SharedBytes(tiles)});
   const SegmentPass segments = AddSegmentPass(call, tiles.queries, tiles.keys, true, false, &plan);
   const size_t counter = plan.AddScratch(sizeof(int));
-  const int q_tiles = CeilDiv(problem.q_len, tiles.queries), items = q_tiles * problem.q_heads * problem.batch;
+  const int q_tiles = CeilDiv(problem.q_len, tiles.queries), pairs = problem.q_heads * problem.batch,
+            items = q_tiles * pairs;
+  // Groups of 64 rows that the tiles have too many stand where the fewest keys are.
+  const int row0 = spec.causal && !spec.segment_ids ? (problem.q_len - q_tiles * tiles.queries) / 64 * 64 : 0;
   const long long head_bytes = 2LL * problem.kv_len * tiles.head;
-  const int section = std::max(1, static_cast<int>(std::min<long long>(items / q_tiles, (32LL << 20) / head_bytes)));
+  const int section = std::max(1, static_cast<int>(std::min<long long>(pairs, (32LL << 20) / head_bytes)));
   plan.facts = {{"scores", spec.dtype == DType::kInt8 ? "int8" : "e4m3"},
                 {"tile", std::to_string(tiles.queries) + " x " + std::to_string(tiles.keys)},
                 {"items", std::to_string(items)},
@@ -97,7 +102,7 @@ Planned PlanSm90ForwardFp8(const Call& call) {
                     EncodeTensorMap(HeadsTensor(launch.buffers.out, tiles.out, problem.batch, problem.q_len,
                                                 problem.q_heads, spec.value_dim, {64, 1, 64, 1}, Swizzle::k128Bytes)),
                     problem, launch.features, in.q_scale, in.k_scale, in.v_scale, launch.buffers.lse, segment_tiles,
-                    launch.Scratch<int>(counter), q_tiles, items, section});
+                    launch.Scratch<int>(counter), q_tiles, row0, pairs, section});
   };
   return plan;
 }

@@ -76,9 +76,9 @@ JF_DEVICE u32 pack_int8(float a, float b, float c, float d) {
   return r;
 }
 
-// A pair of bf16 between two others, lane by lane; NaN stays NaN.
-JF_DEVICE u32 clamp_bf16x2(u32 pair, u32 low, u32 high) {
-  asm("{\nmin.NaN.bf16x2 %0, %0, %1;\nmax.NaN.bf16x2 %0, %0, %2;\n}" : "+r"(pair) : "r"(high), "r"(low));
+// A pair of bf16, no larger in size than another, which is positive; NaN stays NaN.
+JF_DEVICE u32 bounded_bf16x2(u32 pair, u32 bound) {
+  asm("min.NaN.xorsign.abs.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(bound));
   return pair;
 }
 

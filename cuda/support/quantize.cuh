@@ -17,6 +17,9 @@ namespace jf {
 
 constexpr int kThreads = 256;
 constexpr int kHead = kTiles.head;
+// Thread blocks of a multiprocessor: as many as have registers without spills, so that loads of some run under the
+// arithmetic of others.
+constexpr int kResident = kTiles.scores == DType::kInt8 || kSpec.q_lengths || kSpec.kv_lengths ? 4 : 5;
 constexpr int kLanes = kHead / 32;                      // of a token
 constexpr int kBlocksPerChunk = kThreads / kHead;       // scale blocks of a thread block
 constexpr int kRuns = 4;                                // of 8 values, in a thread
@@ -25,26 +28,26 @@ constexpr int kLeastExponent = -50;                     // of a scale of e4m3
 constexpr float kLeastOfIntegers = 1.f / (1ull << 43);  // magnitude that a scale of int8 is for
 static_assert(kBlocksPerChunk >= 1 && kHead >= 64);
 
-// Bit d: the rotation turns the sign of column d.
+// Of the columns of each lane: shifted left by i, bits 15 and 31 say whether the rotation turns the signs of its pair
+// number i.
 struct Signs {
-  u32 words[8];
+  u32 words[kLanes];
 };
 constexpr JF_HOST_DEVICE Signs make_signs() {
   Signs signs{};
-  for (u32 d = 0; d < 256; d++) {
+  for (u32 d = 0; d < kSpec.head_dim; d++) {  // padding keeps its sign: a -0 would be another byte
     u32 x = d;
     x = (x ^ (x >> 16)) * 0x7feb352du;
     x = (x ^ (x >> 15)) * 0x846ca68bu;
-    signs.words[d / 32] |= (x >> 16 & 1) << d % 32;
+    const u32 run = d / (8 * kLanes), pair = run * 4 + d % 8 / 2;
+    signs.words[d / 8 % kLanes] |= (x >> 16 & 1) << (d % 2 * 16 + 15 - pair);
   }
   return signs;
 }
 __constant__ const Signs kSigns = make_signs();
 
 // A pair of values bounded by 2^60; NaN stays NaN. No float16 is larger.
-JF_DEVICE u32 bounded(u32 pair) {
-  return kSpec.dtype == DType::kBF16 ? clamp_bf16x2(pair, 0xdd80dd80, 0x5d805d80) : pair;
-}
+JF_DEVICE u32 bounded(u32 pair) { return kSpec.dtype == DType::kBF16 ? bounded_bf16x2(pair, 0x5d805d80) : pair; }
 
 struct Place {
   int lane;   // of the token
@@ -110,9 +113,10 @@ struct Chunk {
   int entry, head, block0;  // first scale block
 };
 
-JF_DEVICE Chunk chunk_of(const QuantizeArray& array, int index) {
-  const int head = index % array.heads, rest = index / array.heads;
-  return {rest / array.chunks, head, rest % array.chunks * kBlocksPerChunk};
+JF_DEVICE Chunk chunk_of(const QuantizeArray& array, u32 index) {
+  const u32 heads = array.heads, chunks = array.chunks, rest = index / heads;
+  return {static_cast<int>(rest / chunks), static_cast<int>(index % heads),
+          static_cast<int>(rest % chunks) * kBlocksPerChunk};
 }
 
 // kSize: of a head, as it comes. kRotate: query and key. kTranspose: value. kGrowth: what the scales are divided by.
@@ -122,32 +126,29 @@ JF_DEVICE void quantize(const QuantizeArray& array, int index) {
   __shared__ float largest_of_warp[kThreads / 32];
   alignas(16) __shared__ unsigned char values[kTranspose ? kBlocksPerChunk * kScaleBlock * kPadded : 1];
   const Chunk chunk = chunk_of(array, index);
-  const int thread = threadIdx.x;
-  const Place at{thread % kLanes, thread / kHead, thread % kHead / kLanes};
+  const u32 thread = threadIdx.x;  // as an int, it would be divided with an eye to its sign
+  const Place at{static_cast<int>(thread % kLanes), static_cast<int>(thread / kHead),
+                 static_cast<int>(thread % kHead / kLanes)};
   const int token = (chunk.block0 + at.block) * kScaleBlock + at.token;
   int end = array.length;
   if constexpr (kLengths) end = min(end, *row_of<int>(array.lengths, chunk.entry));
 
   float x[8 * kRuns];
-  const char* from =
-      static_cast<const char*>(array.from) +
-      ((static_cast<long long>(chunk.entry) * array.length + token) * array.heads + chunk.head) * (2 * kSize);
+  const long long row = (static_cast<long long>(chunk.entry) * array.length + token) * array.heads + chunk.head;
+  const uint4* from =
+      reinterpret_cast<const uint4*>(static_cast<const char*>(array.from) + row * (2 * kSize)) + at.lane;
   uint4 words[kRuns];
 #pragma unroll
   for (int run = 0; run < kRuns; run++) {
-    words[run] = token < end && at.column(run) < kSize
-                     ? __ldg(reinterpret_cast<const uint4*>(from + 2 * at.column(run)))
-                     : uint4{0, 0, 0, 0};
+    words[run] = token < end && at.column(run) < kSize ? __ldg(from + run * kLanes) : uint4{0, 0, 0, 0};
   }
 #pragma unroll
   for (int run = 0; run < kRuns; run++) {
     u32 pairs[4] = {words[run].x, words[run].y, words[run].z, words[run].w};
-    // Padding keeps its sign: a -0 would be another byte.
-    const u32 signs = kRotate && at.column(run) < kSize ? kSigns.words[at.column(run) / 32] >> at.column(run) % 32 : 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       pairs[i] = bounded(pairs[i]);
-      if constexpr (kRotate) pairs[i] ^= (signs >> 2 * i & 3) * 0x40008000 & 0x80008000;  // bits 0, 1 to 15, 31
+      if constexpr (kRotate) pairs[i] ^= kSigns.words[at.lane] << (4 * run + i) & 0x80008000;
       x[8 * run + 2 * i] = to_float<kSpec.dtype>(static_cast<unsigned short>(pairs[i]));
       x[8 * run + 2 * i + 1] = to_float<kSpec.dtype>(static_cast<unsigned short>(pairs[i] >> 16));
     }
@@ -194,8 +195,7 @@ JF_DEVICE void quantize(const QuantizeArray& array, int index) {
     if constexpr (kTranspose) {
       *reinterpret_cast<uint2*>(&values[(at.block * kScaleBlock + at.token) * kPadded + at.column(run)]) = packed;
     } else if (token < array.length) {
-      const long long row = (static_cast<long long>(chunk.entry) * array.length + token) * array.heads + chunk.head;
-      *reinterpret_cast<uint2*>(static_cast<char*>(array.to) + row * kHead + at.column(run)) = packed;
+      reinterpret_cast<uint2*>(static_cast<char*>(array.to) + row * kHead)[run * kLanes + at.lane] = packed;
     }
   }
   if constexpr (kTranspose) {
@@ -227,7 +227,8 @@ JF_DEVICE int chunks_of(const QuantizeArray& array) { return array.entries * arr
 
 }  // namespace jf
 
-extern "C" __global__ void __launch_bounds__(jf::kThreads) quantize(const __grid_constant__ jf::QuantizeArgs args) {
+extern "C" __global__ void __launch_bounds__(jf::kThreads, jf::kResident)
+    quantize(const __grid_constant__ jf::QuantizeArgs args) {
   using namespace jf;
   // The butterflies of q and k grow q . k by their size: the scales of k take that back.
   constexpr int kGrowth = kTiles.rotate ? kSpec.head_dim & -kSpec.head_dim : 1;

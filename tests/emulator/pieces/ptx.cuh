@@ -24,14 +24,12 @@ JF_DEVICE float half_to_float(unsigned short bits) { return emulator::to_float(s
 JF_DEVICE u32 pack_e4m3(float a, float b, float c, float d) { return emulator::pack_e4m3(a, b, c, d); }
 JF_DEVICE u32 pack_int8(float a, float b, float c, float d) { return emulator::pack_int8(a, b, c, d); }
 
-JF_DEVICE u32 clamp_bf16x2(u32 pair, u32 low, u32 high) {
-  const auto clamp = [](u32 x, u32 low, u32 high) {
-    const auto value = [](u32 bits) { return __int_as_float(bits << 16); };
-    if (value(x) > value(high)) x = high;
-    if (value(x) < value(low)) x = low;
-    return x;
+JF_DEVICE u32 bounded_bf16x2(u32 pair, u32 bound) {
+  const auto bounded = [](u32 x, u32 bound) {
+    const u32 size = x & 0x7fff, most = bound & 0x7fff;
+    return size > 0x7f80 || size < most ? x : most | (x ^ bound) & 0x8000;
   };
-  return clamp(pair & 0xffff, low & 0xffff, high & 0xffff) | clamp(pair >> 16, low >> 16, high >> 16) << 16;
+  return bounded(pair & 0xffff, bound & 0xffff) | bounded(pair >> 16, bound >> 16) << 16;
 }
 
 JF_DEVICE u32 shared_address(const void* p) { return emulator::shared_address(p); }
