@@ -181,9 +181,10 @@ int nvrtcCompileProgram(Program* program, int count, const char* const* options)
     std::ofstream(path) << text;
   }
   // The emulator's ptx.cuh come ahead of the kernels' own.
-  const std::string command = "c++ -std=c++17 -O1 -w -fPIC -fno-gnu-unique -shared -x c++ -D__CUDACC__ -D__CUDA_ARCH__=" + arch +
-                              " -include cuda.h -I '" EMULATOR_FOLDER "' -I '" + folder + "' '" + folder +
-                              "/main.cu' -o '" + folder + "/kernel.so' 2> '" + folder + "/log'";
+  const std::string command =
+      "c++ -std=c++17 -O1 -w -fPIC -fno-gnu-unique -shared -x c++ -D__CUDACC__ -D__CUDA_ARCH__=" + arch +
+      " -include cuda.h -I '" EMULATOR_FOLDER "' -I '" + folder + "' '" + folder + "/main.cu' -o '" + folder +
+      "/kernel.so' 2> '" + folder + "/log'";
   const int status = std::system(command.c_str());
   const auto read = [&](const char* name) {
     std::ostringstream content;

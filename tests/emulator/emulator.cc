@@ -533,6 +533,9 @@ void tensor_load(uint32_t to, const void* map, uint32_t barrier, const int (&at)
 
 void tensor_store(const void* map, uint32_t from, const int (&at)[4]) {
   const Tensor tensor = TensorOf(map, from);
+  for (int x : at) {
+    if (x < 0) fail("TMA: a store from before the tensor");  // an illegal instruction on an H200
+  }
   const std::array<int, 4> corner{at[0], at[1], at[2], at[3]};
   enqueue(Queue::kStores, [=] {
     const int at[4] = {corner[0], corner[1], corner[2], corner[3]};
