@@ -377,6 +377,7 @@ JF_DEVICE void write(const Sm90ForwardArgs& args, const Work& work, int warp_row
 
 constexpr bool kCapsInSoftmax = kSpec.softcap && !kSpec.alibi && !kSpec.bias();
 constexpr bool kRoomy = kHeadAtoms < 4 && kValueAtoms < 4;  // O leaves registers
+constexpr int kSpareRegisters = kConsumerRegisters - kKeys / 2 - kKeys / 4 - kValueSteps * 8;  // beside S, P and O
 
 // The bias in raw scores, from which the product goes on: matrices of 16 keys as ldmatrix deals them out.
 template <int N>
@@ -521,7 +522,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     };
     const auto logits = [&] {
       if constexpr (kCapsInSoftmax) {
-        return CappedLogits<kKeys == 128 ? 16 : 8>(problem);  // fewer where registers are scarce
+        return CappedLogits<kSpareRegisters >= 48 ? 16 : 8>(problem);
       } else {
         return Linear{kTiles.bias_tiles ? score.scale_log2 : score.unit};
       }
