@@ -55,6 +55,9 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
       tiles.keys = slim || spec.mask ? 96 : 112;
       tiles.q_stages = 1;
     }
+  } else if (head <= 128 && slim && spec.softcap) {
+    tiles.rows = 192;  // the products of one other group would not hide the softmax
+    tiles.keys = 64;
   } else if (head <= 128) {
     tiles.q_registers = slim && !spec.softcap && !spec.dropout;
     tiles.q_stages = tiles.q_registers ? 1 : 2;
