@@ -61,13 +61,15 @@ constexpr int kBiasAtoms = kTiles.bias_tiles ? (kKeys + 63) / 64 : 0, kBiasTileB
 constexpr int kOutBytes = kValueAtoms * kRows * 128;
 // Where a second slot for Q, or Q in registers, leaves room, the output is staged in shared memory; else it is written
 // from registers.
-constexpr bool kStaged = kQStages == 2 || (kTiles.q_registers && !kTiles.bias_tiles);
+constexpr bool kStaged = kQStages == 2 || kTiles.q_registers;
 
 // The diagonal cuts the last tile of keys. (With a mask array, the registers do not suffice for what is made of it.)
 constexpr bool kDiagonal = (kSpec.causal || kSpec.window_right) && !kSpec.mask;
 
-// Registers of a thread. The shares add up to what the launch allotted: 65536 / kThreads, in steps of 8.
-constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
+// Registers of a thread. The shares add up to what the launch allotted: 65536 / kThreads, in steps of 8. A producer that
+// loads the bias as well needs more than 32.
+constexpr int kProducerRegisters = kGroups == 2 ? 40 : kTiles.bias_tiles ? 56 : 32;
+constexpr int kConsumerRegisters = kGroups == 2 ? 232 : kTiles.bias_tiles ? 152 : 160;
 static_assert(kGroups == 2 || kGroups == 3, "two or three consumer warpgroups");
 static_assert(kProducerRegisters + kGroups * kConsumerRegisters == (1 + kGroups) * (65536 / kThreads / 8 * 8));
 static_assert(kKeys % 16 == 0 && kKeys <= 256 && kSpec.value_dim <= 256);
