@@ -134,8 +134,16 @@ JF_DEVICE Work work_of(const Sm90ForwardArgs& args, int index) {
   const int pair = first_pair + in_section % width, tile = args.tiles - 1 - in_section / width;
   Work work;
   work.row0 = tile * kRows;
-  work.batch = pair / heads;
-  work.head = pair % heads * kTiles.packed;
+  if (kTiles.bias_tiles && args.features.bias.head_stride != 0) {
+    // Batch entries side by side: where they share the bias, they read it at about the same time. Heads that share
+    // their keys stay together.
+    const int group = kSpec.grouped ? p.q_heads / p.kv_heads : 1;
+    work.batch = pair / group % p.batch;
+    work.head = pair / (group * p.batch) * group + pair % group;
+  } else {
+    work.batch = pair / heads;
+    work.head = pair % heads * kTiles.packed;
+  }
   work.kv_head = kSpec.grouped ? work.head / (p.q_heads / p.kv_heads) : work.head;
   work.band = band_of(p, args.features, work.batch);
   work.keys = tiles_of(work.band.keys_of(work.row0 / kTiles.packed, kRows / kTiles.packed), kKeys);
