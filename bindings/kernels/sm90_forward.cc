@@ -44,13 +44,11 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
   const bool dynamic = Masks(spec) || spec.q_lengths || spec.kv_lengths;
   Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, bias_tiles};
   if (bias_tiles) {  // take no registers, but shared memory
-    if (head > 64) {
-      // With more rows there is less of the keys and values to load for a row, beside its bias.
-      tiles.rows = 192;
-      tiles.keys = 64;
-      tiles.stages = 3;
-      tiles.q_stages = 1;
-    }
+    // With more rows there is less of the keys and values to load for a row, beside its bias.
+    tiles.rows = 192;
+    tiles.keys = head <= 64 ? 96 : 64;
+    tiles.stages = head <= 64 ? 2 : 3;
+    tiles.q_stages = head <= 64 ? 2 : 1;
     return tiles;
   }
   if (head <= 96) {

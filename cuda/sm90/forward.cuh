@@ -66,8 +66,8 @@ constexpr bool kStaged = kQStages == 2 || kTiles.q_registers;
 // The diagonal cuts the last tile of keys. (With a mask array, the registers do not suffice for what is made of it.)
 constexpr bool kDiagonal = (kSpec.causal || kSpec.window_right) && !kSpec.mask;
 
-// Registers of a thread. The shares add up to what the launch allotted: 65536 / kThreads, in steps of 8. A producer that
-// loads the bias as well needs more than 32.
+// Registers of a thread. The shares add up to what the launch allotted: 65536 / kThreads, in steps of 8. A producer
+// that loads the bias as well needs more than 32.
 constexpr int kProducerRegisters = kGroups == 2 ? 40 : kTiles.bias_tiles ? 56 : 32;
 constexpr int kConsumerRegisters = kGroups == 2 ? 232 : kTiles.bias_tiles ? 152 : 160;
 static_assert(kGroups == 2 || kGroups == 3, "two or three consumer warpgroups");
