@@ -184,11 +184,12 @@ JF_DEVICE void load_atoms(u32 to, const TensorMap& map, u32 barrier, int atoms, 
   for (int atom = 0; atom < atoms; atom++) tma_load(to + atom * rows * 128, map, barrier, atom * 64, head, row, batch);
 }
 
+// Past the keys and values, which are to stay in the L2.
 JF_DEVICE void load_bias(const Sm90ForwardArgs& args, const Work& work, int n, u32 to, u32 barrier) {
   const Dense& bias = args.features.bias;
   const int head = bias.head_stride != 0 ? work.head : 0, batch = bias.batch(work.batch);
   for (int atom = 0; atom < kBiasAtoms; atom++) {
-    tma_load(to + atom * kRows * 128, args.bias, barrier, n * kKeys + atom * 64, head, work.row0, batch);
+    tma_load_once(to + atom * kRows * 128, args.bias, barrier, n * kKeys + atom * 64, head, work.row0, batch);
   }
 }
 
