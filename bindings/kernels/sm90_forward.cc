@@ -44,8 +44,11 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
   const bool dynamic = Masks(spec) || spec.q_lengths || spec.kv_lengths;
   Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, bias_tiles};
   if (bias_tiles) {  // take no registers, but shared memory
-    tiles.q_registers = head > 64 && !spec.dropout;
-    if (head > 64) tiles.q_stages = 1;
+    // With more rows there is less of the keys and values to load for a row, beside its bias.
+    tiles.rows = 192;
+    tiles.keys = head <= 64 ? 96 : 64;
+    tiles.stages = head <= 64 ? 2 : 3;
+    tiles.q_stages = head <= 64 ? 2 : 1;
     return tiles;
   }
   if (head <= 96) {
@@ -55,6 +58,9 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
       tiles.keys = slim || spec.mask ? 96 : 112;
       tiles.q_stages = 1;
     }
+  } else if (head <= 128 && slim && spec.softcap) {
+    tiles.rows = 192;  // the products of one other group would not hide the softmax
+    tiles.keys = 64;
   } else if (head <= 128) {
     tiles.q_registers = slim && !spec.softcap && !spec.dropout;
     tiles.q_stages = tiles.q_registers ? 1 : 2;
@@ -68,7 +74,7 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
 
 size_t SharedBytes(const Spec& spec, const Sm90ForwardTiles& tiles) {
   const size_t head = RoundUp(spec.head_dim, 64), value = RoundUp(spec.value_dim, 64);
-  const bool staged = tiles.q_stages == 2 || (tiles.q_registers && !tiles.bias_tiles);
+  const bool staged = tiles.q_stages == 2 || tiles.q_registers;
   const size_t q = tiles.q_stages * head + (staged ? value : 0);
   const size_t bias = tiles.bias_tiles ? tiles.stages * RoundUp(tiles.keys, 64) : 0;
   constexpr size_t kBarriersAndWork = 1024;
@@ -103,9 +109,11 @@ Planned PlanSm90Forward(const Call& call) {
   if (const std::string reason = Reason(call); !reason.empty()) return Refusal{reason};
 
   const Sm90ForwardTiles tiles = ChooseTiles(call);
-  const int q_tiles = CeilDiv(static_cast<long long>(problem.q_len) * tiles.packed, tiles.rows);
   const int pairs = problem.batch * (problem.q_heads / tiles.packed);
-  const long long all_tiles = static_cast<long long>(q_tiles) * pairs;
+  const auto query_tiles = [q_len = problem.q_len](const Sm90ForwardTiles& tiles) -> long long {
+    return CeilDiv(static_cast<long long>(q_len) * tiles.packed, tiles.rows);
+  };
+  const long long all_tiles = query_tiles(tiles) * pairs;
   // Tiles of sm80/forward.cuh hold all query heads of a key head: a decoding step reads the keys once.
   const bool decoding = static_cast<long long>(problem.q_len) * problem.q_heads <= 64ll * problem.kv_heads;
   if ((decoding || all_tiles * 2 <= kMultiprocessors) && problem.kv_len >= 1024) {
@@ -119,7 +127,7 @@ Planned PlanSm90Forward(const Call& call) {
                             128 * (1 + tiles.rows / 64), SharedBytes(spec, tiles)});
   };
   add_kernel(tiles);
-  const bool may_tile_bias = BiasTiles(spec);  // the second kernel; tiles have the same rows
+  const bool may_tile_bias = BiasTiles(spec);  // the second kernel
   const Sm90ForwardTiles bias_tiles = ChooseTiles(call, true);
   if (may_tile_bias) add_kernel(bias_tiles);
   const size_t counter = tiles.dynamic ? plan.AddScratch(sizeof(int)) : 0;
@@ -140,15 +148,16 @@ Planned PlanSm90Forward(const Call& call) {
   plan.launch = [=](const Launch& launch) {
     const Problem& problem = launch.call.problem;
     const Buffers& buffers = launch.buffers;
-    const auto packed = static_cast<uint32_t>(tiles.packed), rows = static_cast<uint32_t>(tiles.rows);
+    const Dense& bias = launch.features.bias;
+    const bool tile_bias = may_tile_bias && BiasTiles(bias);
+    const Sm90ForwardTiles& chosen = tile_bias ? bias_tiles : tiles;
+    const auto packed = static_cast<uint32_t>(chosen.packed), rows = static_cast<uint32_t>(chosen.rows),
+               keys = static_cast<uint32_t>(chosen.keys);
     const auto map = [&](const void* data, const BatchMap& batch, int length, int heads, int size, uint32_t box_heads,
                          uint32_t box_rows) {
       return EncodeTensorMap(HeadsTensor(data, spec.dtype, batch.mod, length, heads, size, {64, box_heads, box_rows, 1},
                                          Swizzle::k128Bytes));
     };
-    const Dense& bias = launch.features.bias;
-    const bool tile_bias = may_tile_bias && BiasTiles(bias);
-    const auto keys = static_cast<uint32_t>(tile_bias ? bias_tiles.keys : tiles.keys);
     Sm90ForwardArgs args{};
     args.q = map(buffers.q, problem.q_batch, problem.q_len, problem.q_heads, spec.head_dim, packed, rows / packed);
     args.k = map(buffers.k, problem.k_batch, problem.kv_len, problem.kv_heads, spec.head_dim, 1, keys);
@@ -172,14 +181,14 @@ Planned PlanSm90Forward(const Call& call) {
     args.out = buffers.out;
     args.lse = buffers.lse;
     args.segments = segments.Run(launch);
-    args.tiles = q_tiles;
+    args.tiles = static_cast<int>(query_tiles(chosen));
     args.section = section;
     if (tiles.dynamic) {
       args.counter = launch.Scratch<int>(counter);
       launch.Zero(args.counter, sizeof(int));
     }
-    launch.Run(tile_bias ? 1 : 0, {{static_cast<unsigned>(std::min<long long>(all_tiles, launch.multiprocessors))}},
-               args);
+    const long long blocks = std::min<long long>(query_tiles(chosen) * pairs, launch.multiprocessors);
+    launch.Run(tile_bias ? 1 : 0, {{static_cast<unsigned>(blocks)}}, args);
   };
   return plan;
 }

@@ -15,6 +15,12 @@ constexpr JF_HOST_DEVICE int fragment_column(int i) {
 
 JF_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
 
+// The same value, of which the compiler does not know that all lanes have it: an FMA reads one number from a uniform
+// register, and each further one would be copied first.
+JF_DEVICE float per_lane(float x) {
+  return __int_as_float(__float_as_int(x) + static_cast<int>(threadIdx.y));  // 0: blocks have one row
+}
+
 template <bool kTransposed>
 struct Fragment {
   int row[2];  // index of the thread's two rows

@@ -80,6 +80,7 @@ JF_DEVICE void cap_scores(float (&s)[N], float (&derivative)[M], const Score& sc
 template <int kScoresAtOnce>
 struct CappedLogits {
   static constexpr int kAtOnce = kScoresAtOnce;
+  static constexpr bool kHasLow = true;
   static constexpr float kNear = 0.25f;  // of the cap: the relative error of a logit is under 5e-7
   const Problem& problem;
   float linear, cubic, quintic;
@@ -87,7 +88,7 @@ struct CappedLogits {
   explicit JF_DEVICE CappedLogits(const Problem& p) : problem(p) {
     const float cap_in = p.scale / p.softcap, square = cap_in * cap_in;
     linear = 0.999999604f * kLog2E * p.scale;
-    cubic = -0.333219082f * kLog2E * p.scale * square;
+    cubic = per_lane(-0.333219082f * kLog2E * p.scale * square);
     quintic = 0.128416129f * kLog2E * p.scale * square * square;
   }
 
@@ -120,8 +121,9 @@ struct CappedLogits {
     return far.is_near(score) ? near(score, score * score, 0.f) : far(score, 0.f);
   }
 
+  // Makes exponents of the scores if all of the warp are near and none can be high. Returns whether they are.
   template <int kBegin, int kEnd, int N>
-  JF_DEVICE bool exponents(float (&s)[N], const float (&top)[2], float bound) const {
+  JF_DEVICE bool low(float (&s)[N], const float (&top)[2], float bound) const {
     float exponent[kEnd - kBegin];
     int largest = 0;  // square, or NaN, as integers of the same bits
 #pragma unroll
@@ -131,17 +133,20 @@ struct CappedLogits {
 #pragma unroll
       for (int c = 0; c < 2; c++) exponent[i + c - kBegin] = near(s[i + c], square[c], top[fragment_row(i)]);
     }
-    const bool high = __any_sync(~0u, largest > __float_as_int(bound));
-    if (high) {
-      const Far far(problem);
-#pragma unroll
-      for (int i = kBegin; i < kEnd; i++) {
-        if (!far.is_near(s[i])) exponent[i - kBegin] = far(s[i], top[fragment_row(i)]);
-      }
-    }
+    if (__any_sync(~0u, largest > __float_as_int(bound))) return false;
 #pragma unroll
     for (int i = kBegin; i < kEnd; i++) s[i] = exponent[i - kBegin];
-    return high;
+    return true;
+  }
+  // The same of any scores.
+  template <int kBegin, int kEnd, int N>
+  JF_DEVICE void exponents(float (&s)[N], const float (&top)[2]) const {
+    const Far far(problem);
+#pragma unroll
+    for (int i = kBegin; i < kEnd; i++) {
+      const float row_top = top[fragment_row(i)];
+      s[i] = far.is_near(s[i]) ? near(s[i], s[i] * s[i], row_top) : far(s[i], row_top);
+    }
   }
 };
 

@@ -16,18 +16,18 @@
 namespace jf {
 
 struct Linear {
-  static constexpr int kAtOnce = 256;  // scores that exponents() is for, at most
+  static constexpr int kAtOnce = 256;     // scores that a call is for, at most
+  static constexpr bool kHasLow = false;  // whether scores may tell that no exponent is high (CappedLogits::low)
   float unit;
 
   JF_DEVICE float logit(float score) const { return score * unit; }
-  // Of what exponents() looks at, to tell that none is higher than `limit`.
+  // What low() needs to tell that no exponent is higher than `limit`.
   JF_DEVICE float bound(const float (&)[2], float) const { return 0.f; }
-  // Scores kBegin to kEnd become logits less their row's top. Returns whether one in the warp may be too high.
+  // Scores kBegin to kEnd become logits less their row's top.
   template <int kBegin, int kEnd, int N>
-  JF_DEVICE bool exponents(float (&s)[N], const float (&top)[2], float) const {
+  JF_DEVICE void exponents(float (&s)[N], const float (&top)[2]) const {
 #pragma unroll
     for (int i = kBegin; i < kEnd; i++) s[i] = fmaf(s[i], unit, -top[fragment_row(i)]);
-    return true;
   }
 };
 
@@ -52,7 +52,8 @@ struct OnlineSoftmax {
     if constexpr (kFirst) reset();
     if (kFirst || (kStartsEmpty && some_unseen)) begin<kFirst>(s, logits);
     rescale[0] = rescale[1] = 1.f;
-    return parts<kFirst, 0>(s, rescale, logits);
+    const int done = low_parts<0>(s, logits);
+    return done < N && parts<kFirst, 0>(s, rescale, logits, done);
   }
 
   // The factor that normalises the output of row r, and the row's natural lse. `sink` (natural units) joins the
@@ -101,16 +102,38 @@ struct OnlineSoftmax {
     if constexpr (kStartsEmpty) some_unseen = __any_sync(~0u, unseen);
   }
 
-  // `step` of the scores from kBegin on, in parts: the exponentials of one run under the search of the next.
-  template <bool kFirst, int kBegin, class Logits, int N>
-  JF_DEVICE bool parts(float (&s)[N], float (&rescale)[2], const Logits& logits) {
+  template <int kBegin, class Logits, int N>
+  static constexpr JF_HOST_DEVICE int part_end() {
     constexpr int kLead = Logits::kAtOnce < 16 ? Logits::kAtOnce : 16, kCount = kBegin == 0 ? kLead : Logits::kAtOnce;
-    constexpr int kEnd = kBegin + kCount < N ? kBegin + kCount : N;
-    const bool grown = part<kFirst, kBegin, kEnd>(s, rescale, logits);
+    return kBegin + kCount < N ? kBegin + kCount : N;
+  }
+
+  // `step` of the scores from kBegin on, in parts, for as long as the scores tell that no top must rise. Returns where
+  // that ended. It stands apart from parts() so that the code of most steps is one piece, without jumps.
+  template <int kBegin, class Logits, int N>
+  JF_DEVICE int low_parts(float (&s)[N], const Logits& logits) {
+    constexpr int kEnd = part_end<kBegin, Logits, N>();
+    if constexpr (!Logits::kHasLow) {
+      return kBegin;
+    } else {
+      if (!logits.template low<kBegin, kEnd>(s, top, bound)) return kBegin;
+      exponentials<kBegin, kEnd>(s);
+      if constexpr (kEnd < N) return low_parts<kEnd>(s, logits);
+      return N;
+    }
+  }
+
+  // `step` of the scores from kBegin on, in parts: the exponentials of one run under the search of the next. Those
+  // before `done` are probabilities.
+  template <bool kFirst, int kBegin, class Logits, int N>
+  JF_DEVICE bool parts(float (&s)[N], float (&rescale)[2], const Logits& logits, int done) {
+    constexpr int kEnd = part_end<kBegin, Logits, N>();
+    bool grown = false;
+    if (kBegin >= done) grown = part<kFirst, kBegin, kEnd>(s, rescale, logits);
     if constexpr (kEnd == N) {
       return grown;
     } else {
-      const bool later = parts<kFirst, kEnd>(s, rescale, logits);
+      const bool later = parts<kFirst, kEnd>(s, rescale, logits, done);
       return grown || later;
     }
   }
@@ -118,17 +141,22 @@ struct OnlineSoftmax {
   // `step` of scores kBegin to kEnd; those before are probabilities.
   template <bool kFirst, int kBegin, int kEnd, class Logits, int N>
   JF_DEVICE bool part(float (&s)[N], float (&rescale)[2], const Logits& logits) {
-    const bool high = logits.template exponents<kBegin, kEnd>(s, top, bound);
+    logits.template exponents<kBegin, kEnd>(s, top);
     bool grown = false;
-    if (!kFirst && high) {
+    if constexpr (!kFirst) {
       grown = __any_sync(~0u, highest_bits<kBegin, kEnd>(s) > __float_as_int(kThreshold));
       if (grown) raise<kBegin, kEnd>(s, rescale, logits);
     }
+    exponentials<kBegin, kEnd>(s);
+    return grown;
+  }
+
+  template <int kBegin, int kEnd, int N>
+  JF_DEVICE void exponentials(float (&s)[N]) {
 #pragma unroll
     for (int i = kBegin; i < kEnd; i++) s[i] = exp2_fast(s[i]);
 #pragma unroll
     for (int i = kBegin; i < kEnd; i++) sum[fragment_row(i)] += s[i];
-    return grown;
   }
 
   // Of exponents: the highest, or anything below zero.

@@ -61,13 +61,15 @@ constexpr int kBiasAtoms = kTiles.bias_tiles ? (kKeys + 63) / 64 : 0, kBiasTileB
 constexpr int kOutBytes = kValueAtoms * kRows * 128;
 // Where a second slot for Q, or Q in registers, leaves room, the output is staged in shared memory; else it is written
 // from registers.
-constexpr bool kStaged = kQStages == 2 || (kTiles.q_registers && !kTiles.bias_tiles);
+constexpr bool kStaged = kQStages == 2 || kTiles.q_registers;
 
 // The diagonal cuts the last tile of keys. (With a mask array, the registers do not suffice for what is made of it.)
 constexpr bool kDiagonal = (kSpec.causal || kSpec.window_right) && !kSpec.mask;
 
-// Registers of a thread. The shares add up to what the launch allotted: 65536 / kThreads, in steps of 8.
-constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
+// Registers of a thread. The shares add up to what the launch allotted: 65536 / kThreads, in steps of 8. A producer
+// that loads the bias as well needs more than 32.
+constexpr int kProducerRegisters = kGroups == 2 ? 40 : kTiles.bias_tiles ? 56 : 32;
+constexpr int kConsumerRegisters = kGroups == 2 ? 232 : kTiles.bias_tiles ? 152 : 160;
 static_assert(kGroups == 2 || kGroups == 3, "two or three consumer warpgroups");
 static_assert(kProducerRegisters + kGroups * kConsumerRegisters == (1 + kGroups) * (65536 / kThreads / 8 * 8));
 static_assert(kKeys % 16 == 0 && kKeys <= 256 && kSpec.value_dim <= 256);
@@ -132,8 +134,16 @@ JF_DEVICE Work work_of(const Sm90ForwardArgs& args, int index) {
   const int pair = first_pair + in_section % width, tile = args.tiles - 1 - in_section / width;
   Work work;
   work.row0 = tile * kRows;
-  work.batch = pair / heads;
-  work.head = pair % heads * kTiles.packed;
+  if (kTiles.bias_tiles && args.features.bias.head_stride != 0) {
+    // Batch entries side by side: where they share the bias, they read it at about the same time. Heads that share
+    // their keys stay together.
+    const int group = kSpec.grouped ? p.q_heads / p.kv_heads : 1;
+    work.batch = pair / group % p.batch;
+    work.head = pair / (group * p.batch) * group + pair % group;
+  } else {
+    work.batch = pair / heads;
+    work.head = pair % heads * kTiles.packed;
+  }
   work.kv_head = kSpec.grouped ? work.head / (p.q_heads / p.kv_heads) : work.head;
   work.band = band_of(p, args.features, work.batch);
   work.keys = tiles_of(work.band.keys_of(work.row0 / kTiles.packed, kRows / kTiles.packed), kKeys);
@@ -174,11 +184,12 @@ JF_DEVICE void load_atoms(u32 to, const TensorMap& map, u32 barrier, int atoms, 
   for (int atom = 0; atom < atoms; atom++) tma_load(to + atom * rows * 128, map, barrier, atom * 64, head, row, batch);
 }
 
+// Past the keys and values, which are to stay in the L2.
 JF_DEVICE void load_bias(const Sm90ForwardArgs& args, const Work& work, int n, u32 to, u32 barrier) {
   const Dense& bias = args.features.bias;
   const int head = bias.head_stride != 0 ? work.head : 0, batch = bias.batch(work.batch);
   for (int atom = 0; atom < kBiasAtoms; atom++) {
-    tma_load(to + atom * kRows * 128, args.bias, barrier, n * kKeys + atom * 64, head, work.row0, batch);
+    tma_load_once(to + atom * kRows * 128, args.bias, barrier, n * kKeys + atom * 64, head, work.row0, batch);
   }
 }
 
@@ -377,6 +388,7 @@ JF_DEVICE void write(const Sm90ForwardArgs& args, const Work& work, int warp_row
 
 constexpr bool kCapsInSoftmax = kSpec.softcap && !kSpec.alibi && !kSpec.bias();
 constexpr bool kRoomy = kHeadAtoms < 4 && kValueAtoms < 4;  // O leaves registers
+constexpr int kSpareRegisters = kConsumerRegisters - kKeys / 2 - kKeys / 4 - kValueSteps * 8;  // beside S, P and O
 
 // The bias in raw scores, from which the product goes on: matrices of 16 keys as ldmatrix deals them out.
 template <int N>
@@ -521,7 +533,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     };
     const auto logits = [&] {
       if constexpr (kCapsInSoftmax) {
-        return CappedLogits<kKeys == 128 ? 16 : 8>(problem);  // fewer where registers are scarce
+        return CappedLogits<kSpareRegisters >= 48 ? 16 : 8>(problem);
       } else {
         return Linear{kTiles.bias_tiles ? score.scale_log2 : score.unit};
       }

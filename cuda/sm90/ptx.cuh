@@ -56,6 +56,15 @@ JF_DEVICE void tma_load(u32 to, const TensorMap& map, u32 barrier, int c0, int c
       "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+// The same of what is hardly read again: the L2 gives it up before anything else.
+JF_DEVICE void tma_load_once(u32 to, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, "
+      "%5, %6}], [%2], policy;\n}" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
 // To the same shared-memory offset, with the same barrier, in every block of the cluster whose bit is set.
 JF_DEVICE void tma_load_multicast(u32 to, const TensorMap& map, u32 barrier, unsigned short blocks, int c0, int c1,
                                   int c2, int c3) {

@@ -27,6 +27,9 @@ JF_DEVICE void tma_prefetch(const TensorMap&) {}
 JF_DEVICE void tma_load(u32 to, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3) {
   emulator::tensor_load(to, &map, barrier, {c0, c1, c2, c3});
 }
+JF_DEVICE void tma_load_once(u32 to, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3) {
+  tma_load(to, map, barrier, c0, c1, c2, c3);
+}
 JF_DEVICE void tma_store(const TensorMap& map, u32 from, int c0, int c1, int c2, int c3) {
   emulator::tensor_store(&map, from, {c0, c1, c2, c3});
 }
