@@ -387,7 +387,7 @@ JF_DEVICE void write(const Sm90ForwardArgs& args, const Work& work, int warp_row
 }
 
 constexpr bool kCapsInSoftmax = kSpec.softcap && !kSpec.alibi && !kSpec.bias();
-constexpr bool kRoomy = kHeadAtoms < 4 && kValueAtoms < 4;  // O leaves registers
+constexpr bool kRoomy = kHeadAtoms < 4 && kValueAtoms < 4;                                     // O leaves registers
 constexpr int kSpareRegisters = kConsumerRegisters - kKeys / 2 - kKeys / 4 - kValueSteps * 8;  // beside S, P and O
 
 // The bias in raw scores, from which the product goes on: matrices of 16 keys as ldmatrix deals them out.
