@@ -402,7 +402,9 @@ def check_kernel(arrays, precision, **options):
     # A value of p next to a rounding boundary may fall either way, and tiny ones may be denormal: 2^-4 of few.
     few = max(8e-3, 2**-4 * max(1, lse.size) ** -0.5)
     assert np.linalg.norm(out - expected) <= few * np.linalg.norm(expected)
-    np.testing.assert_allclose(lse, expected_lse, atol=2e-3)
+    # The tensor cores cut the products of a score to 13 bits below the largest before they add them.
+    largest = np.abs(lse[np.isfinite(lse)]).max(initial=0.0)
+    np.testing.assert_allclose(lse, expected_lse, atol=max(2e-3, 2**-11 * largest))
 
 
 def check_quantize(arrays, precision):
