@@ -60,9 +60,14 @@ class Trainer:
 
         value, gradients = jax.value_and_grad(loss)(state.parameters)
         if self.parallel == "pmap":
-            value, gradients = jax.lax.pmean((value, gradients), "data")
+            value, gradients = jax.lax.pmean(value, "data"), jax.tree.map(self._mean, gradients)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.parameters)
         return State(optax.apply_updates(state.parameters, updates), optimizer), value
+
+    def _mean(self, gradient: jax.Array) -> jax.Array:
+        """Over the devices of pmap. Matrices travel in the type in which they were computed, as under a sharded jit."""
+        sent = gradient.astype(self.config.dtype) if gradient.ndim > 1 else gradient
+        return jax.lax.pmean(sent, "data").astype(gradient.dtype)
 
     def spread(self, state: State) -> State:
         """The same state on every device."""
