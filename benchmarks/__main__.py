@@ -104,10 +104,10 @@ def measure(case: Case, names: list[str], began=lambda name: None) -> dict[str, 
     lines: dict[str, dict] = {}
     watches: dict[str, timing.Stopwatch] = {}
 
-    def attempt(name: str, step) -> None:
+    def attempt(step, name: str) -> None:
         """One implementation's failure must not end the run."""
         try:
-            step()
+            step(name)
         except Skip as skip:
             lines[name]["skipped"] = str(skip)
         except Exception as error:
@@ -123,10 +123,10 @@ def measure(case: Case, names: list[str], began=lambda name: None) -> dict[str, 
     for name in names:
         began(name)
         lines[name] = {}
-        attempt(name, lambda name=name: start(name))
+        attempt(start, name)
     for _ in range(timing.TURNS):
-        for name, watch in list(watches.items()):
-            attempt(name, watch.take)
+        for name in list(watches):
+            attempt(lambda name: watches[name].take(), name)
     for name, watch in watches.items():
         lines[name] |= watch.line
         lines[name] |= speeds(case, lines[name])

@@ -20,11 +20,10 @@ std::string DTypeText(DType dtype) { return "jf::DType(" + std::to_string(static
 // Features that work on each score cost registers: such variants take smaller tiles.
 Sm90Fp8Tiles ChooseTiles(const Call& call) {
   const Spec& spec = call.spec;
-  const int head = spec.head_dim, stages = 512 / head, q_stages = 256 / head;
-  if (spec.segment_ids || spec.mask || spec.bias() || spec.alibi || spec.softcap)
-    return {128, 64, head, stages, q_stages, call.out_dtype};
-  if (head == 64) return {192, 128, head, stages, q_stages, call.out_dtype};
-  return {head == 128 ? 192 : 128, head == 128 ? 96 : 128, head, stages, q_stages, call.out_dtype};
+  const int head = spec.head_dim;
+  const bool features = spec.segment_ids || spec.mask || spec.bias() || spec.alibi || spec.softcap;
+  const int queries = features || head == 256 ? 128 : 192, keys = features ? 64 : head == 128 ? 96 : 128;
+  return {queries, keys, head, 512 / head, 256 / head, call.out_dtype};
 }
 
 // sizeof the kernel's struct Shared.

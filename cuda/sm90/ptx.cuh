@@ -65,16 +65,6 @@ JF_DEVICE void tma_load_once(u32 to, const TensorMap& map, u32 barrier, int c0, 
       "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
-// To the same shared-memory offset, with the same barrier, in every block of the cluster whose bit is set.
-JF_DEVICE void tma_load_multicast(u32 to, const TensorMap& map, u32 barrier, unsigned short blocks, int c0, int c1,
-                                  int c2, int c3) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%4, "
-      "%5, %6, %7}], "
-      "[%2], %3;" ::"r"(to),
-      "l"(&map), "r"(barrier), "h"(blocks), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-      : "memory");
-}
 JF_DEVICE void tma_store(const TensorMap& map, u32 from, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
                "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3)

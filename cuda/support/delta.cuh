@@ -45,7 +45,8 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads) delta(const __grid_co
     }
   }
 
-  const long long padded_row0 = (static_cast<long long>(b) * p.q_heads + head) * args.padded_len + row0;
+  const long long pair = static_cast<long long>(b) * p.q_heads + head;
+  const long long padded_row0 = pair * args.padded_len + row0;
   if (args.dq_sums != nullptr) {
     float4* sums = reinterpret_cast<float4*>(args.dq_sums + padded_row0 * args.sums_size);
     const int count = min(kRows, args.padded_len - row0) * args.sums_size / 4;
@@ -66,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads) delta(const __grid_co
     if (chunk == 0 && row < args.padded_len) {
       float lse = -infinity();
       if (row < q_end) {
-        const long long place = (static_cast<long long>(b) * p.q_heads + head) * p.q_len + row;
+        const long long place = pair * p.q_len + row;
         lse = args.lse[place];
         if constexpr (kSpec.lse_cotangent) sum -= args.dlse[place];
       }
