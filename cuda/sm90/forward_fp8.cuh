@@ -71,8 +71,6 @@ constexpr bool kTurns = kHead == 256 && kGroups == 2;
 // At the diagonal a group of 64 rows often sees no more than 64 keys of its last tile: the others cost no exponentials.
 constexpr int kFewKeys = kKeys == 96 ? 64 : kKeys / 2;
 constexpr bool kSeesFew = (kSpec.causal || kSpec.window_right) && kKeys > 64;
-// Otherwise only the last key tile, which comes first, may hold keys that a row does not see.
-constexpr bool kCutsAnyTile = kSpec.causal || kSpec.window_left || kSpec.window_right || kSpec.segment_ids;
 constexpr int kScaleSlots = kFreesKeysFirst ? 2 * kStages : kStages;  // scales may be read a little longer than K
 constexpr float kTop = 4.f;                                           // p is 2^kTop where the score is m
 constexpr float kOverflow = 256.f;  // of a sum of 8 values of p: then none exceeds what e4m3 holds
@@ -521,7 +519,7 @@ struct Consumer {
         for (int b = 0; b < kBlocks; b++) scales[b].unit = 1.f;
       }
       if constexpr (kSpec.mask) hide_masked(s, at, problem, args.features, item.batch, item.head);
-      if ((first || kCutsAnyTile) && !interior(n)) {
+      if (!interior(n)) {
         if (kSeesFew && first) {
           hide_unseen<0, kFewKeys>(s, group_row, warp_row, n * kKeys, keys_band);
           if (!few) hide_unseen<kFewKeys, kKeys>(s, group_row, warp_row, n * kKeys, keys_band);
@@ -552,7 +550,7 @@ struct Consumer {
       load_scales();
       wgmma_wait<0>();
       pin(sums);
-      if (kQStages == 1 && tiles.size() == 1) arrive(shared.q_free[progress.q()]);
+      if (tiles.size() == 1) arrive(shared.q_free[progress.q()]);
       probabilities(tiles.end - 1, true);
 
       for (int n = tiles.end - 2; n >= tiles.begin; n--) {
@@ -574,14 +572,12 @@ struct Consumer {
         pin(o);
         pin(p);
         arrive(shared.v_free[values.slot()]);
-        // With one slot the next item's Q may come while this one ends.
-        if (kQStages == 1 && n == tiles.begin) arrive(shared.q_free[progress.q()]);
+        if (n == tiles.begin) arrive(shared.q_free[progress.q()]);  // the next item's Q may come while this one ends
         if (probabilities(n, false)) {
 #pragma unroll
           for (int i = 0; i < kOutputs; i++) o[i] *= rescale[fragment_row(i)];
         }
       }
-      if constexpr (kQStages > 1) arrive(shared.q_free[progress.q()]);
       wait_v(progress);
       wgmma_fence();
       accumulate(o, p, v + progress.slot() * (kTileBytes / 16), tiles.size() == 1);
