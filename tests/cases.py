@@ -293,6 +293,12 @@ CASES: dict[str, Case] = {
     "grouped heads": Case(q_heads=6, kv_heads=2, causal=True),
     "many heads of one key head": Case(q_heads=12, kv_heads=1, q_len=200),  # few long key tiles, cut into pieces
     "one key head": Case(q_heads=4, kv_heads=1),
+    "few queries of grouped heads": _case(
+        "sinks", "q_offset", q_heads=32, kv_heads=4, causal=True, batch=(5,), q_len=20, window=(90, None)
+    ),
+    "few queries of grouped heads, segment ids": _case(
+        "segment_ids", "q_lengths", "kv_lengths", "dlse", q_heads=32, kv_heads=2, batch=(5,), q_len=20, softcap=5.0
+    ),
     "grouped heads, bias": _case("bias", "mask", q_heads=6, kv_heads=2, broadcast=[("mask", 1)]),
     "values wider": Case(value_dim=32),
     "values narrower": Case(head_dim=24, value_dim=8),

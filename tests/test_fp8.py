@@ -389,8 +389,8 @@ def test_program_for_cuda_has_two_calls(scores):
     assert "@jax_flash_forward(" not in text
 
 
-def check_kernel(arrays, precision, **options):
-    """Output and lse of the kernel against those of the emulation."""
+def check_kernel(arrays, precision, *, bound=8e-3, lse_bound=2**-11, **options):
+    """Output and lse of the kernel against those of the emulation: relative to the outputs, to the largest lse."""
 
     def attend(implementation):
         fixed = {"precision": precision, "return_lse": True, "implementation": implementation}
@@ -400,11 +400,11 @@ def check_kernel(arrays, precision, **options):
         [np.asarray(x, np.float64) for x in attend(path)] for path in ("cuda", "xla")
     )
     # A value of p next to a rounding boundary may fall either way, and tiny ones may be denormal: 2^-4 of few.
-    few = max(8e-3, 2**-4 * max(1, lse.size) ** -0.5)
+    few = max(bound, 2**-4 * max(1, lse.size) ** -0.5)
     assert np.linalg.norm(out - expected) <= few * np.linalg.norm(expected)
     # The tensor cores cut the products of a score to 13 bits below the largest before they add them.
     largest = np.abs(lse[np.isfinite(lse)]).max(initial=0.0)
-    np.testing.assert_allclose(lse, expected_lse, atol=max(2e-3, 2**-11 * largest))
+    np.testing.assert_allclose(lse, expected_lse, atol=max(2e-3, lse_bound * largest))
 
 
 def check_quantize(arrays, precision):
@@ -460,7 +460,10 @@ class TestKernels:
     def test_scores_that_grow_from_tile_to_tile(self, scores):
         q, k, v = qkv(t=300, s=2000, size=128)
         rise = jnp.linspace(8, 0, 2000, dtype=jnp.bfloat16)[:, None, None]
-        check_kernel((jnp.abs(q) + 1, jnp.abs(k) + rise, v), jf.Fp8(scores=scores))
+        # Where all products are positive, what the tensor cores cut from the sums of e4m3 (not of int8) adds up: scores
+        # of 200 are off by 0.1, and their p, rounded elsewhere, has an error of its own, 2^-5.2 as that of the emulation.
+        cut = {"bound": 2**-4.5, "lse_bound": 2**-10} if scores == "e4m3" else {}
+        check_kernel((jnp.abs(q) + 1, jnp.abs(k) + rise, v), jf.Fp8(scores=scores), **cut)
 
     @SCORES
     @pytest.mark.parametrize("change", HARD.values(), ids=HARD.keys())

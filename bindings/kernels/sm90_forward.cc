@@ -41,8 +41,10 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
   const int head = std::max(spec.head_dim, spec.value_dim);
   const bool slim = !spec.bias() && !spec.mask && !spec.segment_ids;
   const int columns = FeatureColumns(spec, head, slim);
+  const bool window = spec.window_left || spec.window_right;
+  const bool long_plain = call.problem.q_len >= 8192 && !window && !spec.dropout;
   const bool dynamic = Masks(spec) || spec.q_lengths || spec.kv_lengths;
-  Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, true, bias_tiles};
+  Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, bias_tiles};
   if (bias_tiles) {  // take no registers, but shared memory
     // With more rows there is less of the keys and values to load for a row, beside its bias.
     tiles.rows = 192;
@@ -58,11 +60,14 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
       tiles.keys = slim || spec.mask ? 96 : 112;
       tiles.q_stages = 1;
     }
-  } else if (head <= 128 && slim && spec.softcap) {
-    tiles.rows = 192;  // the products of one other group would not hide the softmax
-    tiles.keys = 64;
+  } else if (head <= 128 && slim && (spec.softcap || spec.alibi || long_plain)) {
+    // The products of two other groups hide a longer softmax. Where the GPU is at its power limit, it counts that 192
+    // rows read their keys and values as often as 128 do.
+    tiles.rows = 192;
+    tiles.keys = 80;
+    tiles.q_stages = 1;
   } else if (head <= 128) {
-    tiles.q_registers = slim && !spec.softcap && !spec.dropout;
+    tiles.q_registers = slim && !spec.dropout;
     tiles.q_stages = tiles.q_registers ? 1 : 2;
   } else {
     tiles.keys = head <= 192 ? 96 : 80;
@@ -70,6 +75,25 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
   }
   tiles.keys = std::max(tiles.keys - 16 * columns, 32);
   return tiles;
+}
+
+long long QueryTiles(const Problem& problem, const Sm90ForwardTiles& tiles) {  // of a head, or of a pack
+  return CeilDiv(static_cast<long long>(problem.q_len) * tiles.packed, tiles.rows);
+}
+
+// Query heads of a key head that share tiles: all or one. They do where their queries are few and each by itself would
+// leave much of a tile empty, if that saves a round of the GPU.
+int PackedHeads(const Call& call, Sm90ForwardTiles tiles) {
+  const Spec& spec = call.spec;
+  const Problem& problem = call.problem;
+  const int group = problem.q_heads / problem.kv_heads;
+  const bool same_for_heads = !spec.bias() && !spec.mask && !spec.alibi && !spec.dropout;
+  if (64 % group != 0 || !same_for_heads) return 1;
+  const auto rounds = [&](int packed) {
+    tiles.packed = packed;
+    return CeilDiv(QueryTiles(problem, tiles) * problem.batch * (problem.q_heads / packed), kMultiprocessors);
+  };
+  return rounds(group) * 8 <= rounds(1) * 7 ? group : 1;
 }
 
 size_t SharedBytes(const Spec& spec, const Sm90ForwardTiles& tiles) {
@@ -87,7 +111,7 @@ std::string TilesText(const Sm90ForwardTiles& tiles) {
   const auto flag = [](bool yes) { return yes ? "true, " : "false, "; };
   text +=
       number(tiles.rows) + number(tiles.keys) + number(tiles.stages) + number(tiles.q_stages) + flag(tiles.q_registers);
-  text += number(tiles.packed) + flag(tiles.dynamic) + flag(tiles.ping_pong) + flag(tiles.bias_tiles);
+  text += number(tiles.packed) + flag(tiles.dynamic) + flag(tiles.bias_tiles);
   return text + "};\n";
 }
 
@@ -108,12 +132,10 @@ Planned PlanSm90Forward(const Call& call) {
   const Problem& problem = call.problem;
   if (const std::string reason = Reason(call); !reason.empty()) return Refusal{reason};
 
-  const Sm90ForwardTiles tiles = ChooseTiles(call);
+  Sm90ForwardTiles tiles = ChooseTiles(call);
+  tiles.packed = PackedHeads(call, tiles);
   const int pairs = problem.batch * (problem.q_heads / tiles.packed);
-  const auto query_tiles = [q_len = problem.q_len](const Sm90ForwardTiles& tiles) -> long long {
-    return CeilDiv(static_cast<long long>(q_len) * tiles.packed, tiles.rows);
-  };
-  const long long all_tiles = query_tiles(tiles) * pairs;
+  const long long all_tiles = QueryTiles(problem, tiles) * pairs;
   // Tiles of sm80/forward.cuh hold all query heads of a key head: a decoding step reads the keys once.
   const bool decoding = static_cast<long long>(problem.q_len) * problem.q_heads <= 64ll * problem.kv_heads;
   if ((decoding || all_tiles * 2 <= kMultiprocessors) && problem.kv_len >= 1024) {
@@ -144,6 +166,7 @@ Planned PlanSm90Forward(const Call& call) {
   plan.facts = {{"tile", std::to_string(tiles.rows) + " x " + std::to_string(tiles.keys)},
                 {"tiles", std::to_string(all_tiles)},
                 {"schedule", tiles.dynamic ? "drawn from a counter" : "dealt out in advance"}};
+  if (tiles.packed > 1) plan.facts.push_back({"heads", std::to_string(tiles.packed) + " share a tile"});
 
   plan.launch = [=](const Launch& launch) {
     const Problem& problem = launch.call.problem;
@@ -181,13 +204,13 @@ Planned PlanSm90Forward(const Call& call) {
     args.out = buffers.out;
     args.lse = buffers.lse;
     args.segments = segments.Run(launch);
-    args.tiles = static_cast<int>(query_tiles(chosen));
+    args.tiles = static_cast<int>(QueryTiles(problem, chosen));
     args.section = section;
     if (tiles.dynamic) {
       args.counter = launch.Scratch<int>(counter);
       launch.Zero(args.counter, sizeof(int));
     }
-    const long long blocks = std::min<long long>(query_tiles(chosen) * pairs, launch.multiprocessors);
+    const long long blocks = std::min<long long>(QueryTiles(problem, chosen) * pairs, launch.multiprocessors);
     launch.Run(tile_bias ? 1 : 0, {{static_cast<unsigned>(blocks)}}, args);
   };
   return plan;

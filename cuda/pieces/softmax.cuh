@@ -6,10 +6,11 @@
 // same members (CappedLogits in score.cuh).
 //
 // The top of a row is the maximum of the first tile in which it sees a key, and is left behind until a score exceeds it
-// by more than 8: p stays below 2^8, which fp32 sums, f16 and bf16 hold, and the final division makes it exact. Whether
-// one does is found without the rows' maxima: exponents above zero are ordered as the integers of the same bits, and a
-// maximum of three integers is one instruction (on Hopper). A row that has seen no key has sum 0; -inf scores
-// contribute exactly 0.
+// by more than 3: p stays below 2^3, and the final division makes it exact. (Where one key outweighs all others, its p
+// is best 1, which 16 bits hold exactly, so the top must not lag far behind; scores that are N(0, 1) pass 3 rarely, 2
+// often.) Whether a score does is found without the rows' maxima: exponents above zero are ordered as the integers of
+// the same bits, and a maximum of three integers is one instruction (on Hopper). A row that has seen no key has sum 0;
+// -inf scores contribute exactly 0.
 #pragma once
 #include "pieces/fragment.cuh"
 
@@ -34,7 +35,7 @@ struct Linear {
 // kStartsEmpty: a row may see no key of the first tile.
 template <bool kStartsEmpty>
 struct OnlineSoftmax {
-  static constexpr float kThreshold = 8.f;
+  static constexpr float kThreshold = 3.f;
   float top[2];
   float bound;      // by the tops and the threshold
   float sum[2];     // of this thread's columns only, until finish()

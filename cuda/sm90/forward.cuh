@@ -33,8 +33,8 @@
 // Shared memory: struct Shared. 128-byte rows with TMA's 128-byte swizzle: 64 elements of a row of a tile form an atom,
 // atoms of a tile stand one after another. Rows and elements outside the arrays arrive as zeros.
 //
-// Numerics: scores, softmax and sums in fp32, P unnormalised and at most 2^8, rounded to 16 bits, one division at the
-// end. The running maximum is left behind until a score exceeds it by more than 8 in log2 units (softmax.cuh): exact,
+// Numerics: scores, softmax and sums in fp32, P unnormalised and at most 2^3, rounded to 16 bits, one division at the
+// end. The running maximum is left behind until a score exceeds it by more than 3 in log2 units (softmax.cuh): exact,
 // since every P, the sum and O share the factor.
 //
 // Limits: head sizes are multiples of 8, scale > 0 (the running maximum is that of raw scores), at least one key, fewer
@@ -62,6 +62,10 @@ constexpr int kOutBytes = kValueAtoms * kRows * 128;
 // Where a second slot for Q, or Q in registers, leaves room, the output is staged in shared memory; else it is written
 // from registers.
 constexpr bool kStaged = kQStages == 2 || kTiles.q_registers;
+
+// Two groups take turns to start their products, so that one's softmax runs under the other's products. Of three, two
+// always have products to start: they are faster without.
+constexpr bool kTurns = kGroups == 2;
 
 // The diagonal cuts the last tile of keys. (With a mask array, the registers do not suffice for what is made of it.)
 constexpr bool kDiagonal = (kSpec.causal || kSpec.window_right) && !kSpec.mask;
@@ -418,14 +422,13 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
   const int warp_row = group * 64 + static_cast<int>(threadIdx.x) / 32 % 4 * 16;
   const Problem& problem = args.problem;
 
-  // The warpgroups take turns to start their products: one group's softmax runs under the others' products.
   const auto wait_turn = [&] {
-    if constexpr (kTiles.ping_pong) named_sync(1 + group, 256);
+    if constexpr (kTurns) named_sync(1 + group, 256);
   };
   const auto pass_turn = [&] {
-    if constexpr (kTiles.ping_pong) named_arrive(1 + (group + 1) % kGroups, 256);
+    if constexpr (kTurns) named_arrive(1 + (group + 1) % kGroups, 256);
   };
-  if (kTiles.ping_pong && group == kGroups - 1) pass_turn();  // to the first group
+  if (kTurns && group == kGroups - 1) pass_turn();  // to the first group
 
   float s[kKeys / 2], o[kValueSteps * 8];
   u32 p[kKeys / 4];
@@ -679,7 +682,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     pin(s);
     work = next_work;
   }
-  if (kTiles.ping_pong && group == 0) wait_turn();  // the turn that the last group passed
+  if (kTurns && group == 0) wait_turn();  // the turn that the last group passed
   bulk_wait<0>();                                   // shared memory must outlive the stores
 }
 
