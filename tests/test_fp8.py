@@ -461,7 +461,7 @@ class TestKernels:
         q, k, v = qkv(t=300, s=2000, size=128)
         rise = jnp.linspace(8, 0, 2000, dtype=jnp.bfloat16)[:, None, None]
         # Where all products are positive, what the tensor cores cut from the sums of e4m3 (not of int8) adds up: scores
-        # of 200 are off by 0.1, and their p, rounded elsewhere, has an error of its own, 2^-5.2 as that of the emulation.
+        # of 200 are off by 0.1. Their p, rounded elsewhere, has an error of its own: 2^-5.2, as large as that emulated.
         cut = {"bound": 2**-4.5, "lse_bound": 2**-10} if scores == "e4m3" else {}
         check_kernel((jnp.abs(q) + 1, jnp.abs(k) + rise, v), jf.Fp8(scores=scores), **cut)
 

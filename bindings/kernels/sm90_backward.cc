@@ -27,20 +27,41 @@ int RowsOfKeyTile(const Call& call, int keys) {
   return bounded ? std::min<long long>(problem.q_len, problem.window_left + right + keys) : problem.q_len;
 }
 
+// Scores as they are, and no mask but the causal one.
+bool IsPlain(const Spec& spec) {
+  return !HasScoreFeatures(spec) && !spec.q_offset && !spec.q_lengths && !spec.kv_lengths && !spec.window_left &&
+         !spec.window_right;
+}
+
 // One block for all keys of a (batch entry, key head) finishes its dq alone: no sums to clear, add up and convert, and
 // the same bits from run to run. It pays where such blocks fill the GPU and their sums stay in the L2.
 bool BlocksOwnDq(const Call& call, int queries) {
   const Spec& spec = call.spec;
   const Problem& problem = call.problem;
-  const bool every_key_tile_meets = !spec.q_offset && !spec.segment_ids && !spec.q_lengths && !spec.kv_lengths &&
-                                    !spec.window_left && !spec.window_right;
-  if (!every_key_tile_meets || HasScoreFeatures(spec)) return false;
+  if (!IsPlain(spec)) return false;
   const long long pairs = static_cast<long long>(problem.batch) * problem.kv_heads;
   const long long rounds = CeilDiv(pairs, kMultiprocessors);
   const long long rows =
       static_cast<long long>(CeilDiv(problem.q_len, queries)) * queries * problem.q_heads / problem.kv_heads;
   const long long bytes = rows * Sm90BackwardTileSize(spec, spec.head_dim) * sizeof(float) * kMultiprocessors;
   return pairs * 10 >= rounds * kMultiprocessors * 9 && bytes <= 20ll << 20;
+}
+
+// Where every query sees the first keys, their tiles can store dq instead of adding to it, and nobody need clear the
+// sums. The other tiles of a pair wait for the first to end, so it pays where about as many pairs as multiprocessors
+// begin with theirs.
+bool FirstKeysStore(const Call& call, const Sm90BackwardTiles& tiles) {
+  const Spec& spec = call.spec;
+  const long long pairs = static_cast<long long>(call.problem.batch) * call.problem.kv_heads;
+  const bool seen_by_all = IsPlain(spec) && (!spec.causal || call.problem.kv_len >= call.problem.q_len);
+  const bool others = call.problem.kv_len > tiles.keys;
+  return seen_by_all && others && !tiles.own_dq && !spec.deterministic && pairs * 10 >= kMultiprocessors * 9;
+}
+
+FirstKeys ChooseFirstKeys(int section, int key_tiles, long long pairs) {
+  const auto sections_of = [&](long long pairs) { return static_cast<int>(CeilDiv(pairs, section)); };
+  const int ahead = std::min(sections_of(kMultiprocessors), sections_of(pairs));
+  return {ahead, std::min(ahead, sections_of(CeilDiv(2 * kMultiprocessors, key_tiles)))};
 }
 
 // Blocks that go from key tile to key tile hide the start and the end of each; with many steps a tile they gain nothing
@@ -71,7 +92,10 @@ PieceGroups ChoosePieces(const Call& call, const Sm90BackwardTiles& tiles, long 
       static_cast<double>(CeilDiv(call.problem.q_len, 64)) * call.problem.q_heads / call.problem.kv_heads;
   const long long rounds = items / kMultiprocessors;
   double least = CeilDiv(items, kMultiprocessors) - 8 / steps;
+  const long long uncut =
+      tiles.first_keys_store ? static_cast<long long>(call.problem.batch) * call.problem.kv_heads : 0;
   for (long long whole : {rounds, std::max(rounds - 1, 0ll)}) {
+    if (whole * kMultiprocessors < uncut) continue;
     for (int pieces = 2; pieces <= std::min(4, q_tiles); pieces++) {
       const long long cut = items - whole * kMultiprocessors;
       const double time = whole + static_cast<double>(CeilDiv(cut * pieces, kMultiprocessors)) / pieces;
@@ -83,11 +107,14 @@ PieceGroups ChoosePieces(const Call& call, const Sm90BackwardTiles& tiles, long 
 
 Sm90BackwardTiles ChooseTiles(const Call& call) {
   const Spec& spec = call.spec;
-  if (Sm90BackwardIsWide(spec)) return {64, 80, 1, 2, 1, false};
-  const bool small = spec.head_dim <= 64 && spec.value_dim <= 64 && !HasScoreFeatures(spec);
-  Sm90BackwardTiles tiles{small ? 128 : 64, 128, 1, 2, 2, false};
-  tiles.own_dq = small && BlocksOwnDq(call, tiles.queries);
-  if (tiles.own_dq || BlocksStay(call, tiles.queries, tiles.keys)) tiles.kv_stages = 2;
+  Sm90BackwardTiles tiles{64, 80, 1, 2, 1, false, false};
+  if (!Sm90BackwardIsWide(spec)) {
+    const bool small = spec.head_dim <= 64 && spec.value_dim <= 64 && !HasScoreFeatures(spec);
+    tiles = {small ? 128 : 64, 128, 1, 2, 2, false, false};
+    tiles.own_dq = small && BlocksOwnDq(call, tiles.queries);
+    if (tiles.own_dq || BlocksStay(call, tiles.queries, tiles.keys)) tiles.kv_stages = 2;
+  }
+  tiles.first_keys_store = FirstKeysStore(call, tiles);
   return tiles;
 }
 
@@ -96,7 +123,8 @@ std::string TilesText(const Sm90BackwardTiles& tiles) {
   for (int field : {tiles.queries, tiles.keys, tiles.kv_stages, tiles.q_stages, tiles.dout_stages}) {
     fields += std::to_string(field) + ", ";
   }
-  fields += tiles.own_dq ? "true" : "false";
+  fields += tiles.own_dq ? "true, " : "false, ";
+  fields += tiles.first_keys_store ? "true" : "false";
   return "#include \"sm90/backward_args.h\"\nconstexpr jf::Sm90BackwardTiles kTiles{" + fields + "};\n";
 }
 
@@ -152,10 +180,12 @@ Planned PlanSm90Backward(const Call& call) {
   const size_t turn_bytes = takes_turns ? static_cast<size_t>(pairs) * group * q_tiles * sizeof(int) : 0;
   const size_t turns = plan.AddScratch(turn_bytes);
   const int section = SectionOf(call, tiles.keys, pairs);
+  const FirstKeys first_keys = ChooseFirstKeys(section, key_tiles, pairs);
   const bool persistent = tiles.kv_stages == 2;
   const long long items = tiles.own_dq ? pairs : pairs * key_tiles;
   const PieceGroups split = ChoosePieces(call, tiles, items);
-  const int cut = static_cast<int>(items) - split.first, counter_count = std::max(cut, 1);
+  const int cut = static_cast<int>(items) - split.first, first_flag = std::max(cut, 1);
+  const int counter_count = first_flag + (tiles.first_keys_store ? static_cast<int>(pairs) : 0);
   const size_t counters = plan.AddScratch(counter_count * sizeof(int));
   const int value_tile = Sm90BackwardTileSize(spec, spec.value_dim);
   const size_t piece_sums =
@@ -163,9 +193,10 @@ Planned PlanSm90Backward(const Call& call) {
   const unsigned blocks = persistent ? std::min<long long>(kMultiprocessors, items) : split.first + cut * split.pieces;
   plan.facts = {{"tile", std::to_string(tiles.queries) + " x " + std::to_string(tiles.keys)},
                 {"blocks", std::to_string(blocks)},
-                {"dq", tiles.own_dq  ? "one block per batch entry and key head"
-                       : takes_turns ? "added up in float32, in turn"
-                                     : "added up in float32"}};
+                {"dq", tiles.own_dq             ? "one block per batch entry and key head"
+                       : takes_turns            ? "added up in float32, in turn"
+                       : tiles.first_keys_store ? "stored by the first keys, added up in float32"
+                                                : "added up in float32"}};
 
   const Extent support_grid{static_cast<unsigned>(pairs) * group, static_cast<unsigned>(row_blocks)};
   plan.launch = [=](const Launch& launch) {
@@ -182,7 +213,7 @@ Planned PlanSm90Backward(const Call& call) {
     launch.Run(first, {support_grid},
                DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
                          launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len,
-                         tiles.own_dq ? nullptr : launch.Scratch<float>(dq_sums), head_tile,
+                         tiles.own_dq || tiles.first_keys_store ? nullptr : launch.Scratch<float>(dq_sums), head_tile,
                          launch.Scratch<int>(counters), counter_count});
     launch.Run(
         first + 1, {{blocks}, {}, true},
@@ -201,9 +232,11 @@ Planned PlanSm90Backward(const Call& call) {
                          buffers.dq,
                          launch.Scratch<int>(counters),
                          launch.Scratch<int>(turns),
+                         launch.Scratch<int>(counters) + first_flag,
                          key_tiles,
                          q_tiles,
                          section,
+                         first_keys,
                          split,
                          launch.Scratch<float>(piece_sums)});
     if (!tiles.own_dq) {

@@ -79,6 +79,7 @@ JF_DEVICE void cap_scores(float (&s)[N], float (&derivative)[M], const Score& sc
 // look serves the softmax's limit, as no logit is farther from zero than without the cap. -inf is a hidden pair.
 template <int kScoresAtOnce>
 struct CappedLogits {
+  static constexpr float kThreshold = 8.f;  // lower, and low() would often not know
   static constexpr int kAtOnce = kScoresAtOnce;
   static constexpr bool kHasLow = true;
   static constexpr float kNear = 0.25f;  // of the cap: the relative error of a logit is under 5e-7

@@ -6,17 +6,19 @@
 // same members (CappedLogits in score.cuh).
 //
 // The top of a row is the maximum of the first tile in which it sees a key, and is left behind until a score exceeds it
-// by more than 3: p stays below 2^3, and the final division makes it exact. (Where one key outweighs all others, its p
-// is best 1, which 16 bits hold exactly, so the top must not lag far behind; scores that are N(0, 1) pass 3 rarely, 2
-// often.) Whether a score does is found without the rows' maxima: exponents above zero are ordered as the integers of
-// the same bits, and a maximum of three integers is one instruction (on Hopper). A row that has seen no key has sum 0;
-// -inf scores contribute exactly 0.
+// by more than a threshold: p stays below 2^8, which fp32 sums, f16 and bf16 hold, and the final division makes it
+// exact. Whether one does is found without the rows' maxima: exponents above zero are ordered as the integers of the
+// same bits, and a maximum of three integers is one instruction (on Hopper). A row that has seen no key has sum 0; -inf
+// scores contribute exactly 0.
 #pragma once
 #include "pieces/fragment.cuh"
 
 namespace jf {
 
 struct Linear {
+  // Where one key outweighs all others, its p is best 1, which 16 bits hold exactly: the top must not lag far behind.
+  // Scores that are N(0, 1) pass 4 hardly ever, 3 in a hundredth of the steps.
+  static constexpr float kThreshold = 4.f;
   static constexpr int kAtOnce = 256;     // scores that a call is for, at most
   static constexpr bool kHasLow = false;  // whether scores may tell that no exponent is high (CappedLogits::low)
   float unit;
@@ -35,7 +37,6 @@ struct Linear {
 // kStartsEmpty: a row may see no key of the first tile.
 template <bool kStartsEmpty>
 struct OnlineSoftmax {
-  static constexpr float kThreshold = 3.f;
   float top[2];
   float bound;      // by the tops and the threshold
   float sum[2];     // of this thread's columns only, until finish()
@@ -99,7 +100,7 @@ struct OnlineSoftmax {
       top[r] = none ? 0.f : logits.logit(highest[r]);
       unseen |= none;
     }
-    bound = logits.bound(top, kThreshold);
+    bound = logits.bound(top, Logits::kThreshold);
     if constexpr (kStartsEmpty) some_unseen = __any_sync(~0u, unseen);
   }
 
@@ -145,7 +146,7 @@ struct OnlineSoftmax {
     logits.template exponents<kBegin, kEnd>(s, top);
     bool grown = false;
     if constexpr (!kFirst) {
-      grown = __any_sync(~0u, highest_bits<kBegin, kEnd>(s) > __float_as_int(kThreshold));
+      grown = __any_sync(~0u, highest_bits<kBegin, kEnd>(s) > __float_as_int(Logits::kThreshold));
       if (grown) raise<kBegin, kEnd>(s, rescale, logits);
     }
     exponentials<kBegin, kEnd>(s);
@@ -186,7 +187,7 @@ struct OnlineSoftmax {
       sum[r] *= factor[r];
       rescale[r] *= factor[r];
     }
-    bound = logits.bound(top, kThreshold);
+    bound = logits.bound(top, Logits::kThreshold);
 #pragma unroll
     for (int i = 0; i < kBegin; i++) s[i] *= factor[fragment_row(i)];
 #pragma unroll

@@ -12,7 +12,7 @@
 //   (16-bit)       K  keys x head_dim          V  keys x value_dim
 //   registers      S  rows x keys, O  rows x value_dim, of a warp's rows, in fp32; P is rounded to 16 bits in place
 //
-// Numerics: scores, softmax and output sums in fp32; P unnormalised, at most 2^3 (softmax.cuh), in 16 bits; one
+// Numerics: scores, softmax and output sums in fp32; P unnormalised, at most 2^8 (softmax.cuh), in 16 bits; one
 // division at the end.
 //
 // kTiles.packed: the rows of a tile are all query heads of one key head, row r = query r / group, head r % group, so

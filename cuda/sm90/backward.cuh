@@ -60,7 +60,8 @@ static_assert(kKeys == 128 && kQStages == kDoutStages && kHead <= 128 && kValue 
 constexpr bool kSplitQueries = kQueries == 128, kSplitElements = kHead > 64,
                kSplitKeys = !kSplitQueries && !kSplitElements;
 constexpr int kDqKeys = kSplitKeys ? 64 : kKeys;
-static_assert((kQueries == 64 || kQueries == 128) && !(kSplitQueries && kSplitElements) && !(kOwnDq && kSplitKeys));
+static_assert((kQueries == 64 || kQueries == 128) && !(kSplitQueries && kSplitElements) &&
+              !((kOwnDq || kFirstKeysStore) && kSplitKeys));
 
 // A group none of whose keys the queries see has no part in the step but dQ of the other's keys.
 constexpr bool kSkips = kQueries == 64 && !kSplitKeys && (kSpec.causal || kSpec.window_left || kSpec.window_right);
@@ -306,6 +307,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     });
 
     named_sync(kAllConsumers, 256);  // all reads of K and V are over: dK and dV take their place
+    pass_stored(args, tile);
     if constexpr (kSplits) {
       if (tile.pieces > 1 && !sum_pieces<kHead / 2, kValue / 2>(args, shared, tile, dk, dv)) return;
     }

@@ -12,12 +12,20 @@ struct Sm90BackwardTiles {
   int kv_stages;  // 2: the next key tile arrives, and its first step starts, while this one ends
   int q_stages, dout_stages;
   bool own_dq;  // a block works through all key tiles of a (batch entry, key head) and so finishes its dq alone
+  bool first_keys_store;  // a pair's first key tile stores its dq, to which the others then add
 };
 
 // The work items from `first` on are cut into `pieces` each, by queries: those of a last round that would leave
 // multiprocessors idle. pieces = 1: none is.
 struct PieceGroups {
   int first, pieces;
+};
+
+// When the first key tiles come that store dq, in sections of pairs: those of `ahead` sections before all other tiles,
+// so that every multiprocessor begins with one; then each section's so many sections before its other tiles that these
+// seldom wait, and find what was stored in the L2.
+struct FirstKeys {
+  int ahead, lead;  // 1 <= lead <= ahead <= sections
 };
 
 struct Sm90BackwardArgs {
@@ -33,8 +41,10 @@ struct Sm90BackwardArgs {
   void* dq;        // own_dq: [batch, q_len, q_heads, head_dim]
   int* counters;   // 0 at launch: work drawn, or for each split key tile the pieces done
   int* turns;      // deterministic: [batch, q_heads, q_tiles], 0 at launch
+  int* stored;     // first_keys_store: [batch, kv_heads], 0 at launch, 1 when the first key tile is done
   int key_tiles, q_tiles;
   int section;  // (batch entry, key head) pairs whose key tiles are interleaved: what they read shares the L2
+  FirstKeys first_keys;
   PieceGroups split;
   float* piece_sums;  // [split key tiles, pieces, accumulators of a block]
 };

@@ -10,7 +10,7 @@ namespace jf {
 
 constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys;
 constexpr int kKvStages = kTiles.kv_stages, kQStages = kTiles.q_stages, kDoutStages = kTiles.dout_stages;
-constexpr bool kOwnDq = kTiles.own_dq;
+constexpr bool kOwnDq = kTiles.own_dq, kFirstKeysStore = kTiles.first_keys_store;
 // A second slot for K and V lets blocks go from work item to work item; with one there is a block for each.
 constexpr bool kPersistent = kKvStages == 2;
 static_assert(kPersistent || !kOwnDq);
@@ -18,6 +18,10 @@ static_assert(kPersistent || !kOwnDq);
 // key tiles in that order too, so that nobody waits for work that has not been drawn.
 constexpr bool kTurns = kSpec.deterministic && !kOwnDq;
 static_assert(!kTurns || !kSpec.segment_ids);  // turn_of counts every key tile of the band
+static_assert(!kFirstKeysStore || !(kTurns || kOwnDq));
+// Who may wait for another block's work draws all of its own, so that what it waits for is under way. (Blocks with one
+// work item each are started in the order of their numbers.)
+constexpr bool kDrawsAll = kTurns || (kFirstKeysStore && kPersistent);
 constexpr bool kSplits = Sm90BackwardMaySplit(kSpec, kTiles);
 constexpr bool kLastKeysFirst = kTurns && (kSpec.causal || kSpec.window_right);
 constexpr int kHead = Sm90BackwardTileSize(kSpec, kSpec.head_dim),
@@ -48,7 +52,7 @@ JF_DEVICE void init_rings(Rings& rings) {
   auto init = [](u64* barriers, int count, u32 arrivals) {
     for (int i = 0; i < count; i++) barrier_init(barrier_of(barriers, i), arrivals);
   };
-  init(rings.kv_full, kKvStages, 1);
+  init(rings.kv_full, kKvStages, 1 + kFirstKeysStore);
   init(rings.kv_free, kKvStages, kTurns ? 4 : 2);
   init(rings.q_full, kQStages, 1);
   init(rings.q_free, kQStages, 2);
@@ -79,8 +83,45 @@ struct KeyTile {
   int split, piece, pieces;  // the number of a split key tile, and which part of its query tiles this is
 };
 
+struct Place {
+  int pair, key_tile;
+};
+
+// In the order of FirstKeys.
+JF_DEVICE Place place_after_first_keys(const Sm90BackwardArgs& args, int work) {
+  const int pairs = args.problem.batch * args.problem.kv_heads, section = args.section;
+  const int first_pairs = min(args.first_keys.ahead * section, pairs);
+  if (work < first_pairs) return {work, 0};
+  work -= first_pairs;
+  // Of `begin` sections the other tiles alone; then a section's first tiles and the others of that `lead` before it.
+  const int others = section * (args.key_tiles - 1), begin = args.first_keys.ahead - args.first_keys.lead;
+  const int mixed_sections = ceil_div(pairs - first_pairs, section);
+  const int mixed = mixed_sections * others + pairs - first_pairs;
+  int done = 0;  // sections
+  if (work >= begin * others) {
+    work -= begin * others, done = begin;
+    if (work < mixed) {
+      const int round = work / (section + others), next_pair = first_pairs + round * section;
+      const int next = min(section, pairs - next_pair), rest = work - round * (section + others);
+      if (rest < next) return {next_pair + rest, 0};
+      return {(begin + round) * section + (rest - next) % section, 1 + (rest - next) / section};
+    }
+    work -= mixed, done += mixed_sections;
+  }
+  const int pair = (done + work / others) * section, rest = work % others, width = min(section, pairs - pair);
+  return {pair + rest % width, 1 + rest / width};
+}
+
 // Work item `work`, in the order in which blocks draw them: sections of pairs, inside one the first keys first, which
 // causal attention shows to most queries. own_dq: all key tiles of one pair after the other.
+JF_DEVICE Place place_of(const Sm90BackwardArgs& args, int work) {
+  if constexpr (kFirstKeysStore) return place_after_first_keys(args, work);
+  const int pairs = args.problem.batch * args.problem.kv_heads, section = kOwnDq ? 1 : args.section;
+  const int first = work / (section * args.key_tiles) * section, width = min(section, pairs - first);
+  const int rest = work - first * args.key_tiles;
+  return {first + rest % width, kLastKeysFirst ? args.key_tiles - 1 - rest / width : rest / width};
+}
+
 JF_DEVICE KeyTile key_tile_of(const Sm90BackwardArgs& args, int work) {
   KeyTile tile;
   tile.split = tile.piece = 0, tile.pieces = 1;
@@ -91,12 +132,10 @@ JF_DEVICE KeyTile key_tile_of(const Sm90BackwardArgs& args, int work) {
       work = args.split.first + tile.split;
     }
   }
-  const int pairs = args.problem.batch * args.problem.kv_heads, section = kOwnDq ? 1 : args.section;
-  const int first = work / (section * args.key_tiles) * section, width = min(section, pairs - first);
-  const int rest = work - first * args.key_tiles, pair = first + rest % width;
-  tile.batch = pair / args.problem.kv_heads;
-  tile.kv_head = pair % args.problem.kv_heads;
-  tile.index = kLastKeysFirst ? args.key_tiles - 1 - rest / width : rest / width;
+  const Place place = place_of(args, work);
+  tile.batch = place.pair / args.problem.kv_heads;
+  tile.kv_head = place.pair % args.problem.kv_heads;
+  tile.index = place.key_tile;
   tile.band = band_of(args.problem, args.features, tile.batch);
   tile.query_tiles = tiles_of(tile.band.queries_of(tile.index * kKeys, kKeys), kQueries);
   if constexpr (kSpec.segment_ids) {
@@ -115,7 +154,7 @@ JF_DEVICE int work_or_end(const Sm90BackwardArgs& args, int work) {
   return work < args.problem.batch * args.problem.kv_heads * args.key_tiles ? work : -1;
 }
 JF_DEVICE int first_work(const Sm90BackwardArgs& args) {
-  if constexpr (kTurns) return work_or_end(args, atomicAdd(args.counters, 1));
+  if constexpr (kDrawsAll) return work_or_end(args, atomicAdd(args.counters, 1));
   return kOwnDq ? blockIdx.x * args.key_tiles : blockIdx.x;
 }
 JF_DEVICE int next_work(const Sm90BackwardArgs& args, int work) {
@@ -123,7 +162,7 @@ JF_DEVICE int next_work(const Sm90BackwardArgs& args, int work) {
     const int next = work + 1;
     return work_or_end(args, next % args.key_tiles == 0 ? next + (gridDim.x - 1) * args.key_tiles : next);
   } else if constexpr (kPersistent) {
-    return work_or_end(args, (kTurns ? 0 : gridDim.x) + atomicAdd(args.counters, 1));
+    return work_or_end(args, (kDrawsAll ? 0 : gridDim.x) + atomicAdd(args.counters, 1));
   }
   return -1;
 }
@@ -144,6 +183,10 @@ JF_DEVICE void for_each_step(const Sm90BackwardArgs& args, const KeyTile& tile, 
   }
 }
 
+JF_DEVICE int* stored_flag(const Sm90BackwardArgs& args, const KeyTile& tile) {
+  return args.stored + tile.batch * args.problem.kv_heads + tile.kv_head;
+}
+
 // ---- Producer: one thread
 
 JF_DEVICE void load_tile(u32 to, const TensorMap& map, u32 barrier, int atoms, int rows, int head, int row, int batch) {
@@ -161,7 +204,7 @@ JF_DEVICE void produce(const Sm90BackwardArgs& args, Rings& shared) {
     barrier_wait(barrier_of(shared.kv_free, kv.slot), kv.parity ^ 1);
     shared.work[kv.slot] = work;
     if (work < 0) {
-      barrier_arrive(kv_full);
+      for (int i = 0; i < 1 + kFirstKeysStore; i++) barrier_arrive(kv_full);
       return;
     }
     const KeyTile tile = key_tile_of(args, work);
@@ -171,6 +214,14 @@ JF_DEVICE void produce(const Sm90BackwardArgs& args, Rings& shared) {
     load_tile(shared_address(shared.v[kv.slot]), args.v, kv_full, kValueAtoms, kKeys, tile.kv_head, tile.index * kKeys,
               p.v_batch(tile.batch));
     kv.advance();
+    // The consumers begin when the sums are there to add to, which is seen while the first loads are on their way.
+    bool begun = !kFirstKeysStore;
+    const auto begin = [&] {
+      if (begun) return;
+      if (tile.index != 0) await_flag(stored_flag(args, tile), 1);
+      barrier_arrive(kv_full);
+      begun = true;
+    };
     for_each_step(args, tile, [&](int head, int m, bool) {
       const long long row = ((static_cast<long long>(tile.batch) * p.q_heads + head) * args.q_tiles + m) * kQueries;
       const u32 q_full = barrier_of(shared.q_full, q.slot), dout_full = barrier_of(shared.dout_full, dout.slot);
@@ -186,7 +237,9 @@ JF_DEVICE void produce(const Sm90BackwardArgs& args, Rings& shared) {
       bulk_load(shared_address(shared.delta[dout.slot]), args.delta + row, sizeof shared.delta[0], dout_full);
       q.advance();
       dout.advance();
+      begin();
     });
+    begin();
     work = next_work(args, work);
   } while (kPersistent);
 }
@@ -247,6 +300,11 @@ JF_DEVICE void serve(const Sm90BackwardArgs& args, Rings& shared) {
 }
 
 // ---- Consumers
+
+// When all of them have come to the end of a key tile.
+JF_DEVICE void pass_stored(const Sm90BackwardArgs& args, const KeyTile& tile) {
+  if (kFirstKeysStore && tile.index == 0 && threadIdx.x == 128) pass_flag(stored_flag(args, tile), 1);
+}
 
 // Zeroes rows [first, rows) of a tile, if there are any: they hold what lies past a length, and 0 * NaN is NaN.
 template <int kRows, int kAtoms>
@@ -311,7 +369,7 @@ JF_DEVICE bool sum_pieces(const Sm90BackwardArgs& args, Rings& shared, const Key
 struct DqSum {
   float* part;       // of this thread in the query tile's accumulators
   int blocks;        // of 8 elements
-  bool first, last;  // own_dq: of the key tiles that add to this query tile
+  bool first, last;  // of the key tiles that add to this query tile; where they come in order
 
   JF_DEVICE void load_earlier(float (&earlier)[32]) const {
 #pragma unroll
@@ -325,7 +383,7 @@ struct DqSum {
     for (int i = 0; i < 8; i++) {
       if (kHead == 96 && i >= blocks) break;
       const float4 x{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]};
-      if (kOwnDq && first) {
+      if ((kOwnDq || kFirstKeysStore) && first) {
         __stcg(reinterpret_cast<float4*>(part + i * 512), x);
       } else {
         global_add(part + i * 512, x);

@@ -190,8 +190,8 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       const int block0 = (g * kHeadBlocks + x) * 8;
       if (block0 * 8 >= kSpec.head_dim) return;
       const long long dq_head = static_cast<long long>(tile.batch) * p.q_heads + head;
-      const DqSum sum{args.dq_sums + ((dq_head * args.q_tiles + m) * kDqBlocks + block0) * 512 + thread * 4, 8, false,
-                      false};
+      const DqSum sum{args.dq_sums + ((dq_head * args.q_tiles + m) * kDqBlocks + block0) * 512 + thread * 4, 8,
+                      tile.index == 0, false};
       sum.add(dq);
     };
     wgmma_fence();
@@ -239,6 +239,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
   wgmma_wait<0>();
   pin_dk();
   named_sync(kAllConsumers, 256);  // all reads of K and V are over: dK and dV take their place
+  pass_stored(args, tile);
   if constexpr (kSplits) {
     constexpr int kHeadSums = kHeadBlocks * kKeys / 2, kValueSums = kValueBlocks * kKeys / 2;
     if (tile.pieces > 1 && !sum_pieces<kHeadSums, kValueSums>(args, shared, tile, dk[0], dv[0])) return;

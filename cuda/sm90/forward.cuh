@@ -33,9 +33,9 @@
 // Shared memory: struct Shared. 128-byte rows with TMA's 128-byte swizzle: 64 elements of a row of a tile form an atom,
 // atoms of a tile stand one after another. Rows and elements outside the arrays arrive as zeros.
 //
-// Numerics: scores, softmax and sums in fp32, P unnormalised and at most 2^3, rounded to 16 bits, one division at the
-// end. The running maximum is left behind until a score exceeds it by more than 3 in log2 units (softmax.cuh): exact,
-// since every P, the sum and O share the factor.
+// Numerics: scores, softmax and sums in fp32, P unnormalised and at most 2^8, rounded to 16 bits, one division at the
+// end. The running maximum is left behind until a score far exceeds it (softmax.cuh): exact, since every P, the sum and
+// O share the factor.
 //
 // Limits: head sizes are multiples of 8, scale > 0 (the running maximum is that of raw scores), at least one key, fewer
 // than 2^30 rows and tiles.
@@ -683,7 +683,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
     work = next_work;
   }
   if (kTurns && group == 0) wait_turn();  // the turn that the last group passed
-  bulk_wait<0>();                                   // shared memory must outlive the stores
+  bulk_wait<0>();                         // shared memory must outlive the stores
 }
 
 }  // namespace jf
