@@ -80,7 +80,9 @@ Sm80BackwardTiles ChooseRowTiles(const Spec& spec) {
   tiles.queries = 64;
   tiles.head_dim = Sm80HeadTile(spec.head_dim);
   tiles.value_dim = Sm80HeadTile(spec.value_dim);
+  const int score_features = spec.bias() + spec.mask + spec.alibi + spec.softcap + spec.dropout;
   tiles.keys = std::max(tiles.head_dim, tiles.value_dim) > 128 ? 32 : 64;
+  if (score_features > 1) tiles.keys /= 2;  // or registers spill
   tiles.warps = 4;
   return tiles;
 }

@@ -38,6 +38,8 @@ namespace jf {
 constexpr int kThreads = 32 * kTiles.warps;
 constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys, kStages = kTiles.stages;
 constexpr int kHeadSteps = (kSpec.head_dim + 15) / 16, kValueSteps = (kSpec.value_dim + 15) / 16;  // of an mma's k
+// On a multiprocessor, 0: ptxas may spill for the sake of a further block, as it does for four warps at head size 128.
+constexpr int kFewestBlocks = kTiles.warps == 4 && kTiles.head_dim == 128 && !kTiles.query_gradient ? 1 : 0;
 
 // 16 x 16 blocks of a warp, when kTiles.warps are a grid of `kRows` rows over a product of rows x columns.
 template <int kSizeRows, int kSizeColumns, int kGridRows>
@@ -111,7 +113,7 @@ JF_DEVICE void store_gradient(u32 tile, const float (&x)[M][N], float factor, co
 
 }  // namespace jf
 
-extern "C" __global__ void __launch_bounds__(jf::kThreads)
+extern "C" __global__ void __launch_bounds__(jf::kThreads, jf::kFewestBlocks)
     sm80_backward(const __grid_constant__ jf::Sm80BackwardArgs args) {
   using namespace jf;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);

@@ -41,7 +41,7 @@ JF_DEVICE void store_bias(void* data, long long index, float x) {
 
 }  // namespace jf
 
-extern "C" __global__ void __launch_bounds__(jf::kThreads)
+extern "C" __global__ void __launch_bounds__(jf::kThreads, 1)  // else ptxas may spill for the sake of a further block
     sm80_bias_gradient(const __grid_constant__ jf::Sm80BackwardArgs args) {
   using namespace jf;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
