@@ -219,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, jf::kFewestBlocks)
     if (!keys_band.interior(query0, queries, n * kKeys, kKeys)) return false;
     if constexpr (!kSpec.segment_ids) return true;
     return q_ids.same_single_id(
-        args.segments.kv_bounds[static_cast<long long>(scarce(work.batch)) * ceil_div(problem.kv_len, kKeys) + n]);
+        args.segments.kv_bounds[static_cast<long long>(work.batch) * ceil_div(problem.kv_len, kKeys) + n]);
   };
 
   Softmax softmax[kBlocks];
@@ -251,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, jf::kFewestBlocks)
     const bool inside = interior(n);
 #pragma unroll
     for (int m = 0; m < kBlocks; m++) {
-      Fragment<false> at = warp_fragment<false>(scarce(work.row0) + warp_row(scarce(threadIdx.x)) + 16 * m, n * kKeys);
+      Fragment<false> at = warp_fragment<false>(work.row0 + warp_row(scarce(threadIdx.x)) + 16 * m, n * kKeys);
       if constexpr (kTiles.packed) at.row[0] /= work.group, at.row[1] /= work.group;
       transform_scores(s[m], at, score);
       if constexpr (kSpec.mask) hide_masked(s[m], at, problem, args.features, work.batch, work.head);
