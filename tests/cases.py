@@ -293,6 +293,8 @@ CASES: dict[str, Case] = {
     "grouped heads": Case(q_heads=6, kv_heads=2, causal=True),
     "many heads of one key head": Case(q_heads=12, kv_heads=1, q_len=200),  # few long key tiles, cut into pieces
     "one key head": Case(q_heads=4, kv_heads=1),
+    "many batch entries": Case(batch=(200,), q_len=70, kv_len=200),  # the first keys store dq, the others add to it
+    "many batch entries, causal": Case(batch=(200,), q_len=130, kv_len=200, causal=True),
     "few queries of grouped heads": _case(
         "sinks", "q_offset", q_heads=32, kv_heads=4, causal=True, batch=(5,), q_len=20, window=(90, None)
     ),

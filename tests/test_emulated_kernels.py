@@ -37,6 +37,8 @@ CASES = {
         ("growing scores", {**HEADS_128, **LONGER}),
         ("many heads of one key head", HEADS_128),
         ("few queries of grouped heads", HEADS_128),
+        ("many batch entries", HEADS_128),
+        ("many batch entries, causal", {}),
         ("few queries of grouped heads, segment ids", {"head_dim": 64, "value_dim": 64}),
         ("growing scores, causal", {"head_dim": 256, "value_dim": 256, "dtype": "float16", **LONGER}),
         ("lse", {**HEADS_128, "q_len": 8200, "kv_len": 200, "batch": (1,), "q_heads": 1, "kv_heads": 1}),

@@ -48,14 +48,18 @@ bool BlocksOwnDq(const Call& call, int queries) {
 }
 
 // Where every query sees the first keys, their tiles can store dq instead of adding to it, and nobody need clear the
-// sums. The other tiles of a pair wait for the first to end, so it pays where about as many pairs as multiprocessors
-// begin with theirs.
+// sums. The other tiles of a pair wait for the first to end: it pays where about as many pairs as multiprocessors begin
+// with theirs, and up to lengths by measurement, since longer calls spend less of their time on clearing.
 bool FirstKeysStore(const Call& call, const Sm90BackwardTiles& tiles) {
   const Spec& spec = call.spec;
   const long long pairs = static_cast<long long>(call.problem.batch) * call.problem.kv_heads;
   const bool seen_by_all = IsPlain(spec) && (!spec.causal || call.problem.kv_len >= call.problem.q_len);
   const bool others = call.problem.kv_len > tiles.keys;
-  return seen_by_all && others && !tiles.own_dq && !spec.deterministic && pairs * 10 >= kMultiprocessors * 9;
+  const long long rows = static_cast<long long>(call.problem.q_len) * (call.problem.q_heads / call.problem.kv_heads);
+  return seen_by_all && others && !tiles.own_dq && !spec.deterministic && pairs * 10 >= kMultiprocessors * 9 &&
+         rows <= (Sm90BackwardIsWide(spec) ? 512
+                  : spec.causal            ? 2048
+                                           : 1024);
 }
 
 FirstKeys ChooseFirstKeys(int section, int key_tiles, long long pairs) {

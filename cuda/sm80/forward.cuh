@@ -33,11 +33,8 @@ namespace jf {
 constexpr int kThreads = 32 * kTiles.warps;
 constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys;
 constexpr int kBlocks = kQueries / kTiles.warps / 16;   // of 16 rows, one under the other, in a warp
-constexpr bool kCrowded = kBlocks == 2;                 // registers are few for the tile: see scarce()
 constexpr int kHeadSteps = (kSpec.head_dim + 15) / 16;  // of 16, the k of an mma
 constexpr int kValueSteps = (kSpec.value_dim + 15) / 16;
-// On a multiprocessor, 0: ptxas may spill for the sake of a further block, as it does to look at masks.
-constexpr int kFewestBlocks = kSpec.mask ? 1 : 0;
 static_assert(kBlocks * 16 * kTiles.warps == kQueries && (kBlocks == 1 || kBlocks == 2));
 static_assert(kSpec.head_dim <= kTiles.head_dim && kSpec.value_dim <= kTiles.value_dim && kKeys % 16 == 0);
 static_assert(!kTiles.packed || !(kSpec.bias() || kSpec.mask || kSpec.alibi || kSpec.dropout || kSpec.segment_ids),
@@ -53,12 +50,6 @@ struct alignas(128) Shared {
   unsigned char k[kKeys * QTile::kRowBytes];
   unsigned char v[kKeys * VTile::kRowBytes];
 };
-
-// The same value; in crowded tiles, what follows from it is worked out anew in each step instead of kept in registers.
-template <class T>
-JF_DEVICE T scarce(T x) {
-  return kCrowded ? afresh(x) : x;
-}
 
 // What this block computes.
 struct Work {
@@ -153,7 +144,7 @@ JF_DEVICE void store(const Sm80ForwardArgs& args, const Softmax (&softmax)[kBloc
 
 }  // namespace jf
 
-extern "C" __global__ void __launch_bounds__(jf::kThreads, jf::kFewestBlocks)
+extern "C" __global__ void __launch_bounds__(jf::kThreads)
     sm80_forward(const __grid_constant__ jf::Sm80ForwardArgs args) {
   using namespace jf;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
@@ -161,8 +152,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, jf::kFewestBlocks)
             shared_v = shared_address(shared.v);
   const Problem& problem = args.problem;
   const Work work = work_of(args, blockIdx.x);
-  const auto warp_row = [](u32 thread) { return static_cast<int>(thread) / 32 * kBlocks * 16; };
-  const int first_row = warp_row(threadIdx.x);  // of this warp, within the tile
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * kBlocks * 16;  // first row of this warp, within the tile
 
   const CallBand band = band_of(problem, args.features, work.batch);
   const int rows_end = rows_of(work, band.q_end);
@@ -183,22 +173,16 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, jf::kFewestBlocks)
   CallBand keys_band = band;
   keys_band.q_end = kFar;
 
-  const auto k_of = [&](int batch) {
-    return head_rows(args.k, batch, problem.kv_len, problem.kv_heads, work.kv_head, kSpec.head_dim);
-  };
-  const auto v_of = [&](int batch) {
-    return head_rows(args.v, batch, problem.kv_len, problem.kv_heads, work.kv_head, kSpec.value_dim);
-  };
-  const HeadRows k_rows = k_of(problem.k_batch(work.batch)), v_rows = v_of(problem.v_batch(work.batch));
-  const int k_batch = problem.k_batch(work.batch), v_batch = problem.v_batch(work.batch);
+  const HeadRows k_rows =
+      head_rows(args.k, problem.k_batch(work.batch), problem.kv_len, problem.kv_heads, work.kv_head, kSpec.head_dim);
+  const HeadRows v_rows =
+      head_rows(args.v, problem.v_batch(work.batch), problem.kv_len, problem.kv_heads, work.kv_head, kSpec.value_dim);
   const auto load_k = [&](int n) {
-    const HeadRows rows = kCrowded ? k_of(afresh(k_batch)) : k_rows;
-    load_tile<QTile, kKeys, kSpec.head_dim, kThreads>(shared_k, rows, n * kKeys, band.kv_end);
+    load_tile<QTile, kKeys, kSpec.head_dim, kThreads>(shared_k, k_rows, n * kKeys, band.kv_end);
     commit_copies();
   };
   const auto load_v = [&](int n) {
-    const HeadRows rows = kCrowded ? v_of(afresh(v_batch)) : v_rows;
-    load_tile<VTile, kKeys, kSpec.value_dim, kThreads>(shared_v, rows, n * kKeys, band.kv_end);
+    load_tile<VTile, kKeys, kSpec.value_dim, kThreads>(shared_v, v_rows, n * kKeys, band.kv_end);
     commit_copies();
   };
   const auto load_q = [&] {
@@ -213,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, jf::kFewestBlocks)
   const auto mask = [&](float (&s)[kKeys / 2], const Fragment<false>& at) {
     hide_outside_band(s, at, keys_band);
     if constexpr (kSpec.segment_ids)
-      hide_other_segments<kCrowded>(s, at, segments_of(problem, args.features, band, work.batch));
+      hide_other_segments<false>(s, at, segments_of(problem, args.features, band, work.batch));
   };
   const auto interior = [&](int n) {
     if (!keys_band.interior(query0, queries, n * kKeys, kKeys)) return false;
@@ -238,20 +222,16 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, jf::kFewestBlocks)
     load_v(n);
     float s[kBlocks][kKeys / 2];
     clear(s);
-    multiply<kSpec.dtype, kHeadSteps>(s, OperandA<QTile, false>(afresh(shared_q), warp_row(scarce(threadIdx.x)) / 16),
+    multiply<kSpec.dtype, kHeadSteps>(s, OperandA<QTile, false>(afresh(shared_q), warp_row / 16),
                                       OperandB<QTile, false>(afresh(shared_k), 0));
     wait_copies<0>();
     __syncthreads();  // V(n) is there for all; nobody reads K(n) any more
     if (n > tiles.begin) load_k(n - 1);
 
-    if constexpr (kCrowded) {
-      keys_band = band_of(problem, args.features, afresh(work.batch));
-      keys_band.q_end = kFar;
-    }
     const bool inside = interior(n);
 #pragma unroll
     for (int m = 0; m < kBlocks; m++) {
-      Fragment<false> at = warp_fragment<false>(work.row0 + warp_row(scarce(threadIdx.x)) + 16 * m, n * kKeys);
+      Fragment<false> at = warp_fragment<false>(work.row0 + warp_row + 16 * m, n * kKeys);
       if constexpr (kTiles.packed) at.row[0] /= work.group, at.row[1] /= work.group;
       transform_scores(s[m], at, score);
       if constexpr (kSpec.mask) hide_masked(s[m], at, problem, args.features, work.batch, work.head);
@@ -268,5 +248,5 @@ extern "C" __global__ void __launch_bounds__(jf::kThreads, jf::kFewestBlocks)
     }
     multiply<kSpec.dtype, kKeys / 16>(o, rounded<kSpec.dtype>(s), OperandB<VTile, true>(afresh(shared_v), 0));
   }
-  store(args, softmax, o, first_row);
+  store(args, softmax, o, warp_row);
 }
