@@ -389,6 +389,12 @@ def test_program_for_cuda_has_two_calls(scores):
     assert "@jax_flash_forward(" not in text
 
 
+# Of check_kernel, for large scores. What the tensor cores cut from sums of e4m3 (not of int8) adds up: where all
+# products are positive, scores of 200 are off by 0.1. Then p is rounded elsewhere, by 2^-5.2 of it, and so is the
+# emulation's.
+CUT_SUMS = {"e4m3": {"bound": 2**-4.5, "lse_bound": 2**-10}, "int8": {}}
+
+
 def check_kernel(arrays, precision, *, bound=8e-3, lse_bound=2**-11, **options):
     """Output and lse of the kernel against those of the emulation: relative to the outputs, to the largest lse."""
 
@@ -460,10 +466,7 @@ class TestKernels:
     def test_scores_that_grow_from_tile_to_tile(self, scores):
         q, k, v = qkv(t=300, s=2000, size=128)
         rise = jnp.linspace(8, 0, 2000, dtype=jnp.bfloat16)[:, None, None]
-        # Where all products are positive, what the tensor cores cut from the sums of e4m3 (not of int8) adds up: scores
-        # of 200 are off by 0.1. Their p, rounded elsewhere, has an error of its own: 2^-5.2, as large as that emulated.
-        cut = {"bound": 2**-4.5, "lse_bound": 2**-10} if scores == "e4m3" else {}
-        check_kernel((jnp.abs(q) + 1, jnp.abs(k) + rise, v), jf.Fp8(scores=scores), **cut)
+        check_kernel((jnp.abs(q) + 1, jnp.abs(k) + rise, v), jf.Fp8(scores=scores), **CUT_SUMS[scores])
 
     @SCORES
     @pytest.mark.parametrize("change", HARD.values(), ids=HARD.keys())

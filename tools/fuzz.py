@@ -73,7 +73,8 @@ def run(number: int) -> str:
         inputs = case.inputs()
         if keywords["precision"]:
             arrays, features = cases.public(case, inputs)
-            test_fp8.check_kernel(arrays, keywords["precision"], **features)
+            precision = keywords["precision"]
+            test_fp8.check_kernel(arrays, precision, **test_fp8.CUT_SUMS[precision.scores], **features)
         else:
             cases.check(inputs, **cases.public_results(case, inputs, implementation="cuda", **keywords))
     except Exception as error:

@@ -6,12 +6,13 @@
 // Grid: a block takes 128 keys of a key head and walks the query tiles that see any of them, head by head of the group;
 // dk and dv stay in registers. Blocks come in sections of (batch entry, key head) pairs, the first keys of all pairs of
 // a section first. dq leaves as fp32 additions to global memory, in the order of the registers (support/dq.cuh puts it
-// right); the sums were cleared by support/delta.cuh. Where all key tiles take the same time, those of the last round
-// may be cut into pieces by queries: the last piece to end adds up dk and dv of all. With own_dq a block walks all keys
-// of a pair, one key tile after the other: the first stores, the last adds, converts and writes dq, and nothing needs
-// clearing or converting. With two stages of K and V a block stays and draws its next key tile from a counter. A
-// deterministic kernel draws every tile from it, and the tiles add to a query tile's dq in the order in which they were
-// drawn.
+// right); the sums were cleared by support/delta.cuh. With first_keys_store they were not: a pair's first key tile
+// stores, comes early, and the others begin when it is done (FirstKeys). Where all key tiles take the same time, those
+// of the last round may be cut into pieces by queries: the last piece to end adds up dk and dv of all. With own_dq a
+// block walks all keys of a pair, one key tile after the other: the first stores, the last adds, converts and writes
+// dq, and nothing needs clearing or converting. With two stages of K and V a block stays and draws its next key tile
+// from a counter. A deterministic kernel draws every tile from it, and the tiles add to a query tile's dq in the order
+// in which they were drawn.
 //
 // Roles: warpgroup 0 loads (one thread, TMA; if deterministic, one more waits for turns, one passes them on);
 // warpgroups 1 and 2 have 64 keys each and compute, for every query tile,
@@ -24,7 +25,8 @@
 // of K and V, in that order of struct Shared: 160 KiB at head size 128 with one stage of K and V, 224 KiB with two.
 //
 // mbarriers       arrives                              waits
-//   kv_full       producer + bytes                     consumers, once a key tile
+//   kv_full       producer + bytes; first_keys_store:  consumers, once a key tile
+//                 once more when dq may be added to
 //   kv_free       one thread a warpgroup, when dK and  producer, before the key tile that takes the slot
 //                 dV, which leave from K's and V's
 //                 place, have been read
