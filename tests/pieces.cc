@@ -1,8 +1,10 @@
-// pieces/mask.cuh as the kernels include it, compiled for the host: what tests/test_pieces.py calls.
+// pieces/mask.cuh and sm90/first_keys.cuh as the kernels include them, compiled for the host: what tests/test_pieces.py
+// calls.
 #include <initializer_list>
 #include <utility>
 
 #include "pieces/mask.cuh"
+#include "sm90/first_keys.cuh"
 
 namespace {
 
@@ -52,6 +54,15 @@ bool ids_meet(const int* bounds) {
 
 bool ids_are_one(const int* bounds) {
   return jf::IdBounds{bounds[0], bounds[1]}.same_single_id(jf::IdBounds{bounds[2], bounds[3]});
+}
+
+// places: pair and key tile of each work item.
+void places_after_first_keys(int ahead, int lead, int pairs, int section, int key_tiles, int* places) {
+  for (int work = 0; work < pairs * key_tiles; work++) {
+    const jf::Place place = jf::place_after_first_keys({ahead, lead}, pairs, section, key_tiles, work);
+    *places++ = place.pair;
+    *places++ = place.key_tile;
+  }
 }
 
 }  // extern "C"

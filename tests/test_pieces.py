@@ -1,4 +1,4 @@
-"""The geometry of masks in cuda/pieces, compiled for the host, against masks.py."""
+"""The geometry of masks in cuda/pieces, compiled for the host, against masks.py; the order of a backward's key tiles."""
 
 from __future__ import annotations
 
@@ -108,3 +108,15 @@ def test_segment_bounds(pieces, q_ids, kv_ids):
     if same.any():
         assert pieces.ids_meet(bounds)
     assert bool(pieces.ids_are_one(bounds) & 1) == same.all()
+
+
+@given(st.data(), st.integers(1, 60), st.integers(1, 20), st.integers(2, 6))
+def test_first_keys_come_before_the_others(pieces, data, pairs, section, key_tiles):
+    ahead = data.draw(st.integers(1, -(-pairs // section)))
+    lead = data.draw(st.integers(1, ahead))
+    places = np.full((pairs * key_tiles, 2), -1, np.int32)
+    pieces.places_after_first_keys(ahead, lead, pairs, section, key_tiles, places.ctypes.data_as(ctypes.c_void_p))
+    work = {(pair, tile): work for work, (pair, tile) in enumerate(places.tolist())}
+    assert work.keys() == {(pair, tile) for pair in range(pairs) for tile in range(key_tiles)}
+    for pair in range(pairs):
+        assert all(work[pair, 0] < work[pair, tile] for tile in range(1, key_tiles))

@@ -34,6 +34,7 @@ def calls() -> None:
         (128, {"causal": True, "window": (70, 0), "softcap": 20.0}),
         (128, {"segments": True, "deterministic": True}),
         (256, {"lengths": True}),
+        (128, {"batch": 64, "q_len": 50}),  # heads of a group share tiles; the first keys store dq
         (64, {"precision": jf.Fp8()}),
         (128, {"precision": jf.Fp8(), "causal": True, "softcap": 20.0}),
         (256, {"precision": jf.Fp8(), "lengths": True}),
@@ -43,9 +44,10 @@ def calls() -> None:
         if "precision" in keywords and os.environ.get("JAX_FLASH_KERNELS") == "sm80":
             continue  # FP8 has kernels on Hopper only
         print(f"head size {size}, {keywords}", flush=True)  # what a report of the sanitizer belongs to
+        batch, q_len = keywords.pop("batch", 2), keywords.pop("q_len", 200)
         q, k, v, g = (
-            jax.random.normal(jax.random.key(i), (2, 200, heads, size), jnp.bfloat16)
-            for i, heads in enumerate((4, 2, 2, 4))
+            jax.random.normal(jax.random.key(i), (batch, length, heads, size), jnp.bfloat16)
+            for i, (length, heads) in enumerate(((q_len, 4), (200, 2), (200, 2), (q_len, 4)))
         )
         arrays = {}  # operands of the call: initcheck does not see how constants of a program get their values
         if keywords.pop("segments", False):

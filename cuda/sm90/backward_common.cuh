@@ -4,6 +4,7 @@
 #include "pieces/dropout.cuh"
 #include "pieces/score.cuh"
 #include "sm90/backward_args.h"
+#include "sm90/first_keys.cuh"
 #include "sm90/ptx.cuh"
 
 namespace jf {
@@ -83,40 +84,14 @@ struct KeyTile {
   int split, piece, pieces;  // the number of a split key tile, and which part of its query tiles this is
 };
 
-struct Place {
-  int pair, key_tile;
-};
-
-// In the order of FirstKeys.
-JF_DEVICE Place place_after_first_keys(const Sm90BackwardArgs& args, int work) {
-  const int pairs = args.problem.batch * args.problem.kv_heads, section = args.section;
-  const int first_pairs = min(args.first_keys.ahead * section, pairs);
-  if (work < first_pairs) return {work, 0};
-  work -= first_pairs;
-  // Of `begin` sections the other tiles alone; then a section's first tiles and the others of that `lead` before it.
-  const int others = section * (args.key_tiles - 1), begin = args.first_keys.ahead - args.first_keys.lead;
-  const int mixed_sections = ceil_div(pairs - first_pairs, section);
-  const int mixed = mixed_sections * others + pairs - first_pairs;
-  int done = 0;  // sections
-  if (work >= begin * others) {
-    work -= begin * others, done = begin;
-    if (work < mixed) {
-      const int round = work / (section + others), next_pair = first_pairs + round * section;
-      const int next = min(section, pairs - next_pair), rest = work - round * (section + others);
-      if (rest < next) return {next_pair + rest, 0};
-      return {(begin + round) * section + (rest - next) % section, 1 + (rest - next) / section};
-    }
-    work -= mixed, done += mixed_sections;
-  }
-  const int pair = (done + work / others) * section, rest = work % others, width = min(section, pairs - pair);
-  return {pair + rest % width, 1 + rest / width};
-}
-
 // Work item `work`, in the order in which blocks draw them: sections of pairs, inside one the first keys first, which
 // causal attention shows to most queries. own_dq: all key tiles of one pair after the other.
 JF_DEVICE Place place_of(const Sm90BackwardArgs& args, int work) {
-  if constexpr (kFirstKeysStore) return place_after_first_keys(args, work);
-  const int pairs = args.problem.batch * args.problem.kv_heads, section = kOwnDq ? 1 : args.section;
+  const int pairs = args.problem.batch * args.problem.kv_heads;
+  if constexpr (kFirstKeysStore) {
+    return place_after_first_keys(args.first_keys, pairs, args.section, args.key_tiles, work);
+  }
+  const int section = kOwnDq ? 1 : args.section;
   const int first = work / (section * args.key_tiles) * section, width = min(section, pairs - first);
   const int rest = work - first * args.key_tiles;
   return {first + rest % width, kLastKeysFirst ? args.key_tiles - 1 - rest / width : rest / width};
