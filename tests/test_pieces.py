@@ -1,4 +1,4 @@
-"""The geometry of masks in cuda/pieces, compiled for the host, against masks.py; the order of a backward's key tiles."""
+"""What of cuda/ is compiled for the host too: the geometry of masks, against masks.py, and the order of first keys."""
 
 from __future__ import annotations
 
