@@ -116,7 +116,10 @@ def main() -> int:
     groups = [[group] for group in range(first // GROUP, (end - 1) // GROUP + 1)]
     workers = min(arguments.workers, len(groups))
     with multiprocessing.get_context("spawn").Pool(workers, start_process, (arguments.emulate,)) as pool:
-        for task in [pool.apply_async(run_groups, (group, first, end)) for group in groups]:
+        tasks = [pool.apply_async(run_groups, (group, first, end)) for group in groups]
+        for done, task in enumerate(tasks):
+            if done and done % 50 == 0:  # for whoever reads the output of a run that was cut off
+                print(f"the first {done * GROUP} calls done, {failures} failed", flush=True)
             for failure in task.get():
                 failures += 1
                 print(failure, flush=True)
