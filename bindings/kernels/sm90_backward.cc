@@ -212,41 +212,40 @@ Planned PlanSm90Backward(const Call& call) {
           HeadsTensor(data, dtype, batch, length, heads, size, {64, 1, box_rows, 1}, Swizzle::k128Bytes));
     };
     const unsigned queries = tiles.queries, keys = tiles.keys, out_keys = wide ? keys : 64;
-    const SegmentTiles segment_tiles = segments.Run(launch);
-    if (takes_turns) launch.Zero(launch.Scratch<int>(turns), turn_bytes);
+    Sm90BackwardArgs args{};
+    args.q = map(buffers.q, problem.q_batch.mod, problem.q_len, problem.q_heads, spec.head_dim, queries);
+    args.dout = map(buffers.dout, problem.batch, problem.q_len, problem.q_heads, spec.value_dim, queries);
+    args.k = map(buffers.k, problem.k_batch.mod, problem.kv_len, problem.kv_heads, spec.head_dim, keys);
+    args.v = map(buffers.v, problem.v_batch.mod, problem.kv_len, problem.kv_heads, spec.value_dim, keys);
+    args.dk = map(buffers.dk, problem.batch, problem.kv_len, problem.kv_heads, spec.head_dim, out_keys);
+    args.dv = map(buffers.dv, problem.batch, problem.kv_len, problem.kv_heads, spec.value_dim, out_keys);
+    args.problem = problem;
+    args.features = launch.features;
+    args.segments = segments.Run(launch);
+    args.lse_log2 = launch.Scratch<float>(lse_log2);
+    args.delta = launch.Scratch<float>(delta);
+    args.dq_sums = launch.Scratch<float>(dq_sums);
+    args.dq = buffers.dq;
+    args.counters = launch.Scratch<int>(counters);
+    args.turns = launch.Scratch<int>(turns);
+    args.stored = args.counters + first_flag;
+    args.key_tiles = key_tiles;
+    args.q_tiles = q_tiles;
+    args.section = section;
+    args.first_keys = first_keys;
+    args.split = split;
+    args.piece_sums = launch.Scratch<float>(piece_sums);
+
+    float* cleared_sums = tiles.own_dq || tiles.first_keys_store ? nullptr : args.dq_sums;
+    if (takes_turns) launch.Zero(args.turns, turn_bytes);
     launch.Run(first, {support_grid},
                DeltaArgs{problem, launch.features, buffers.out, buffers.dout, buffers.lse, buffers.dlse,
-                         launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len,
-                         tiles.own_dq || tiles.first_keys_store ? nullptr : launch.Scratch<float>(dq_sums), head_tile,
-                         launch.Scratch<int>(counters), counter_count});
-    launch.Run(
-        first + 1, {{blocks}, {}, true},
-        Sm90BackwardArgs{map(buffers.q, problem.q_batch.mod, problem.q_len, problem.q_heads, spec.head_dim, queries),
-                         map(buffers.dout, problem.batch, problem.q_len, problem.q_heads, spec.value_dim, queries),
-                         map(buffers.k, problem.k_batch.mod, problem.kv_len, problem.kv_heads, spec.head_dim, keys),
-                         map(buffers.v, problem.v_batch.mod, problem.kv_len, problem.kv_heads, spec.value_dim, keys),
-                         map(buffers.dk, problem.batch, problem.kv_len, problem.kv_heads, spec.head_dim, out_keys),
-                         map(buffers.dv, problem.batch, problem.kv_len, problem.kv_heads, spec.value_dim, out_keys),
-                         problem,
-                         launch.features,
-                         segment_tiles,
-                         launch.Scratch<float>(lse_log2),
-                         launch.Scratch<float>(delta),
-                         launch.Scratch<float>(dq_sums),
-                         buffers.dq,
-                         launch.Scratch<int>(counters),
-                         launch.Scratch<int>(turns),
-                         launch.Scratch<int>(counters) + first_flag,
-                         key_tiles,
-                         q_tiles,
-                         section,
-                         first_keys,
-                         split,
-                         launch.Scratch<float>(piece_sums)});
+                         launch.Scratch<float>(lse_log2), launch.Scratch<float>(delta), padded_len, cleared_sums,
+                         head_tile, args.counters, counter_count});
+    launch.Run(first + 1, {{blocks}, {}, true}, args);
     if (!tiles.own_dq) {
       launch.Run(first + 2, {support_grid, {}, true},
-                 DqArgs{launch.Scratch<float>(dq_sums), buffers.dq, problem.q_len, problem.q_heads, padded_len,
-                        problem.scale});
+                 DqArgs{args.dq_sums, buffers.dq, problem.q_len, problem.q_heads, padded_len, problem.scale});
     }
   };
   return plan;
