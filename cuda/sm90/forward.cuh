@@ -27,7 +27,7 @@
 //   work_full          scheduler                     producer, consumers; two slots
 //   work_free          producer, consumer warps      scheduler
 //   work_wanted        producer                      scheduler, before it draws the next tile
-//   named 1 + group    this group, the one before    the group's turn to start products
+//   named 1 + group    this group, the one before    of two groups, the group's turn to start products
 //   named 1 + kGroups + group                        the group's own: staged output, zeroed values
 //
 // Shared memory: struct Shared. 128-byte rows with TMA's 128-byte swizzle: 64 elements of a row of a tile form an atom,
