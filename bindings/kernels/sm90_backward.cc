@@ -19,6 +19,10 @@ bool HasScoreFeatures(const Spec& spec) {
   return spec.bias() || spec.mask || spec.alibi || spec.softcap || spec.dropout || spec.segment_ids;
 }
 
+long long Pairs(const Call& call) {  // (batch entry, key head)
+  return static_cast<long long>(call.problem.batch) * call.problem.kv_heads;
+}
+
 // Query rows that a tile of keys meets at most.
 int RowsOfKeyTile(const Call& call, int keys) {
   const Problem& problem = call.problem;
@@ -39,8 +43,7 @@ bool BlocksOwnDq(const Call& call, int queries) {
   const Spec& spec = call.spec;
   const Problem& problem = call.problem;
   if (!IsPlain(spec)) return false;
-  const long long pairs = static_cast<long long>(problem.batch) * problem.kv_heads;
-  const long long rounds = CeilDiv(pairs, kMultiprocessors);
+  const long long pairs = Pairs(call), rounds = CeilDiv(pairs, kMultiprocessors);
   const long long rows =
       static_cast<long long>(CeilDiv(problem.q_len, queries)) * queries * problem.q_heads / problem.kv_heads;
   const long long bytes = rows * Sm90BackwardTileSize(spec, spec.head_dim) * sizeof(float) * kMultiprocessors;
@@ -52,14 +55,13 @@ bool BlocksOwnDq(const Call& call, int queries) {
 // with theirs, and up to lengths by measurement, since longer calls spend less of their time on clearing.
 bool FirstKeysStore(const Call& call, const Sm90BackwardTiles& tiles) {
   const Spec& spec = call.spec;
-  const long long pairs = static_cast<long long>(call.problem.batch) * call.problem.kv_heads;
-  const bool seen_by_all = IsPlain(spec) && (!spec.causal || call.problem.kv_len >= call.problem.q_len);
-  const bool others = call.problem.kv_len > tiles.keys;
-  const long long rows = static_cast<long long>(call.problem.q_len) * (call.problem.q_heads / call.problem.kv_heads);
-  return seen_by_all && others && !tiles.own_dq && !spec.deterministic && pairs * 10 >= kMultiprocessors * 9 &&
-         rows <= (Sm90BackwardIsWide(spec) ? 512
-                  : spec.causal            ? 2048
-                                           : 1024);
+  const Problem& problem = call.problem;
+  const bool seen_by_all = IsPlain(spec) && (!spec.causal || problem.kv_len >= problem.q_len);
+  const bool others = problem.kv_len > tiles.keys;
+  const long long rows = static_cast<long long>(problem.q_len) * (problem.q_heads / problem.kv_heads);
+  const int longest = Sm90BackwardIsWide(spec) ? 512 : spec.causal ? 2048 : 1024;
+  return seen_by_all && others && !tiles.own_dq && !spec.deterministic && Pairs(call) * 10 >= kMultiprocessors * 9 &&
+         rows <= longest;
 }
 
 FirstKeys ChooseFirstKeys(int section, int key_tiles, long long pairs) {
@@ -96,8 +98,7 @@ PieceGroups ChoosePieces(const Call& call, const Sm90BackwardTiles& tiles, long 
       static_cast<double>(CeilDiv(call.problem.q_len, 64)) * call.problem.q_heads / call.problem.kv_heads;
   const long long rounds = items / kMultiprocessors;
   double least = CeilDiv(items, kMultiprocessors) - 8 / steps;
-  const long long uncut =
-      tiles.first_keys_store ? static_cast<long long>(call.problem.batch) * call.problem.kv_heads : 0;
+  const long long uncut = tiles.first_keys_store ? Pairs(call) : 0;
   for (long long whole : {rounds, std::max(rounds - 1, 0ll)}) {
     if (whole * kMultiprocessors < uncut) continue;
     for (int pieces = 2; pieces <= std::min(4, q_tiles); pieces++) {
@@ -155,7 +156,7 @@ Planned PlanSm90Backward(const Call& call) {
   const int key_tiles = CeilDiv(problem.kv_len, tiles.keys), q_tiles = CeilDiv(problem.q_len, tiles.queries);
   const int padded_len = q_tiles * tiles.queries, row_blocks = padded_len / kSupportRows,
             group = problem.q_heads / problem.kv_heads;
-  const long long pairs = static_cast<long long>(problem.batch) * problem.kv_heads;
+  const long long pairs = Pairs(call);
 
   const SegmentPass segments = AddSegmentPass(call, tiles.queries, tiles.keys, false, true, &plan);
   const size_t first = plan.kernels.size();

@@ -38,7 +38,8 @@ namespace jf {
 constexpr int kThreads = 32 * kTiles.warps;
 constexpr int kQueries = kTiles.queries, kKeys = kTiles.keys, kStages = kTiles.stages;
 constexpr int kHeadSteps = (kSpec.head_dim + 15) / 16, kValueSteps = (kSpec.value_dim + 15) / 16;  // of an mma's k
-// On a multiprocessor, 0: ptxas may spill for the sake of a further block, as it does for four warps at head size 128.
+// Blocks of a multiprocessor that ptxas is asked for. 0: it may spill for the sake of one more, as it does for four
+// warps at head size 128.
 constexpr int kFewestBlocks = kTiles.warps == 4 && kTiles.head_dim == 128 && !kTiles.query_gradient ? 1 : 0;
 
 // 16 x 16 blocks of a warp, when kTiles.warps are a grid of `kRows` rows over a product of rows x columns.

@@ -344,7 +344,7 @@ JF_DEVICE bool sum_pieces(const Sm90BackwardArgs& args, Rings& shared, const Key
 struct DqSum {
   float* part;       // of this thread in the query tile's accumulators
   int blocks;        // of 8 elements
-  bool first, last;  // of the key tiles that add to this query tile; where they come in order
+  bool first, last;  // of the key tiles that add to this query tile; last: own_dq alone
 
   JF_DEVICE void load_earlier(float (&earlier)[32]) const {
 #pragma unroll
