@@ -102,6 +102,12 @@ class Case:
         return Inputs(self.spec, q, k, v, operands, dout, dlse)
 
 
+def in_16_bits(case: Case, dtype: str) -> Case:
+    return dataclasses.replace(
+        case, dtype=dtype, bias_dtype=dtype if case.bias_dtype == case.dtype else case.bias_dtype
+    )
+
+
 class Inputs(NamedTuple):
     """A call in canonical form, and the cotangents of its results: what the oracle takes."""
 
@@ -128,7 +134,7 @@ def public(case: Case, inputs: Inputs) -> tuple[tuple[Any, Any, Any], dict[str, 
         "segment_ids": None if operands.q_segment_ids is None else (operands.q_segment_ids, operands.kv_segment_ids),
     }
     same = ("q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "sinks")
-    arrays = tuple(np.broadcast_to(x, case.batch + x.shape[-3:]) for x in (inputs.q, inputs.k, inputs.v))
+    arrays = tuple(jnp.broadcast_to(x, case.batch + x.shape[-3:]) for x in (inputs.q, inputs.k, inputs.v))
     return arrays, keywords | {name: getattr(operands, name) for name in same}
 
 

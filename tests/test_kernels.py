@@ -6,7 +6,6 @@ They run whatever kernel the plan chooses; `JAX_FLASH_KERNELS=sm80` restricts it
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 
 import cases
 import jax
@@ -32,16 +31,10 @@ def normal(*shape, seed=0, dtype=jnp.bfloat16):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def in_16_bits(case: cases.Case, dtype: str) -> cases.Case:
-    return dataclasses.replace(
-        case, dtype=dtype, bias_dtype=dtype if case.bias_dtype == case.dtype else case.bias_dtype
-    )
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", cases.CASES)
 def test_case(name, dtype):
-    check(in_16_bits(cases.CASES[name], dtype), deterministic=dtype == "float16")
+    check(cases.in_16_bits(cases.CASES[name], dtype), deterministic=dtype == "float16")
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

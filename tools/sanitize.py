@@ -1,4 +1,5 @@
-"""Runs a few calls of every kernel under compute-sanitizer, on this machine's GPU.
+"""Runs calls of every kernel under compute-sanitizer, on this machine's GPU: the case table of the tests, and calls
+of sizes and precisions that it has not.
 
 XLA's allocator is told to give each array an allocation of its own, so that a step outside an array is a step outside
 an allocation. Sizes are odd, tails are poisoned with NaN.
@@ -19,54 +20,68 @@ import sys
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FAMILIES = {"the kernels of this GPU": "", "the universal kernels": "sm80"}
 ROOT = pathlib.Path(__file__).parents[1]
+PARTS = 4  # processes that share the calls of a tool and a family
+CALL = "call: "  # starts the line that says what the findings below it belong to
 
 
-def calls() -> None:
-    """Forward and backward of some calls; this is what runs under the sanitizer."""
+def table() -> dict:
+    """By name, the calls and further keywords of `flash_attention`."""
+    import cases
+
+    from jax_flash import Fp8
+
+    def sized(size: int, *features: str, **fields):
+        sizes = {"head_dim": size, "value_dim": size, "scale": size**-0.5, "q_heads": 4, "dtype": "bfloat16"}
+        return cases.Case(**sizes | {"kv_len": 200, "features": frozenset(features)} | fields)
+
+    found = {name: (cases.in_16_bits(case, "bfloat16"), {}) for name, case in cases.CASES.items()}
+    found |= {
+        f"{name}, deterministic": (cases.in_16_bits(case, "float16"), {"deterministic": True})
+        for name, case in cases.CASES.items()
+    }
+    found |= {
+        "head size 64": (sized(64, causal=True), {}),
+        "head size 128, window, softcap": (sized(128, causal=True, window=(70, 0), softcap=20.0), {}),
+        "head size 128, many queries": (sized(128, batch=(1,), q_len=8200, q_heads=2), {}),
+        "head size 128, segment ids": (sized(128, "segment_ids"), {"deterministic": True}),
+        "head size 256, lengths": (sized(256, "q_lengths", "kv_lengths"), {}),
+        "head size 128, many batch entries": (sized(128, batch=(64,), q_len=50), {}),  # the first keys store dq
+    }
+    if os.environ.get("JAX_FLASH_KERNELS") != "sm80":  # FP8 has kernels on Hopper only
+        int8 = Fp8(scores="int8")
+        found |= {
+            "e4m3, head size 64": (sized(64), {"precision": Fp8()}),
+            "e4m3, head size 128": (sized(128, causal=True, softcap=20.0), {"precision": Fp8()}),
+            "e4m3, head size 256": (sized(256, "q_lengths", "kv_lengths"), {"precision": Fp8()}),
+            "int8, head size 128": (sized(128, causal=True), {"precision": int8}),
+            "int8, head size 256": (sized(256, "q_lengths", "kv_lengths"), {"precision": int8}),
+        }
+    return found
+
+
+def calls(part: int) -> None:
+    """Forward and backward of a share of the calls; this is what runs under the sanitizer."""
+    sys.path[:0] = [str(ROOT / "tests")]
+    import cases
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
-    import jax_flash as jf
+    for name, (case, keywords) in list(table().items())[part::PARTS]:
+        print(f"{CALL}{name}", flush=True)
+        inputs = case.inputs()
 
-    for size, keywords in (
-        (64, {"causal": True}),
-        (128, {"causal": True, "window": (70, 0), "softcap": 20.0}),
-        (128, {"segments": True, "deterministic": True}),
-        (256, {"lengths": True}),
-        (128, {"batch": 64, "q_len": 50}),  # heads of a group share tiles; the first keys store dq
-        (64, {"precision": jf.Fp8()}),
-        (128, {"precision": jf.Fp8(), "causal": True, "softcap": 20.0}),
-        (256, {"precision": jf.Fp8(), "lengths": True}),
-        (128, {"precision": jf.Fp8(scores="int8"), "causal": True}),
-        (256, {"precision": jf.Fp8(scores="int8"), "lengths": True}),
-    ):
-        if "precision" in keywords and os.environ.get("JAX_FLASH_KERNELS") == "sm80":
-            continue  # FP8 has kernels on Hopper only
-        print(f"head size {size}, {keywords}", flush=True)  # what a report of the sanitizer belongs to
-        batch, q_len = keywords.pop("batch", 2), keywords.pop("q_len", 200)
-        q, k, v, g = (
-            jax.random.normal(jax.random.key(i), (batch, length, heads, size), jnp.bfloat16)
-            for i, (length, heads) in enumerate(((q_len, 4), (200, 2), (200, 2), (q_len, 4)))
-        )
-        arrays = {}  # operands of the call: initcheck does not see how constants of a program get their values
-        if keywords.pop("segments", False):
-            arrays["segment_ids"] = jnp.arange(200) // 70
-        if keywords.pop("lengths", False):
-            arrays["q_lengths"] = arrays["kv_lengths"] = jnp.array([131, 200])
-            q, k, v, g = (x.at[0, 131:].set(jnp.nan) for x in (q, k, v, g))
+        # Every array is an operand: initcheck does not see how constants of a program get their values.
+        def run(arrays, case=case, inputs=inputs, keywords=keywords):
+            return cases.public_results(case, inputs._replace(**arrays), implementation="cuda", **keywords)
 
-        @jax.jit
-        def attend(q, k, v, arrays, keywords=keywords):
-            return jf.flash_attention(q, k, v, implementation="cuda", **keywords, **arrays)
-
-        out, pullback = jax.vjp(lambda q, k, v, arrays=arrays: attend(q, k, v, arrays), q, k, v)
-        gradients = jax.jit(lambda pull, g: pull(g))(pullback, g)
-        if not all(np.isfinite(np.asarray(x, np.float32)).all() for x in (out, *gradients)):
-            raise AssertionError(f"NaN or Inf at head size {size}")
+        arrays = inputs._asdict()
+        del arrays["spec"]
+        for result, x in jax.jit(run)(arrays).items():
+            if np.isnan(np.asarray(x, np.float32)).any():
+                raise AssertionError(f"{name}: NaN in {result}")
 
 
-def sanitize(tool: str, kernels: str) -> subprocess.CompletedProcess[str]:
+def sanitize(tool: str, kernels: str, part: int) -> subprocess.CompletedProcess[str]:
     command = [
         "compute-sanitizer",
         "--tool",
@@ -85,7 +100,7 @@ def sanitize(tool: str, kernels: str) -> subprocess.CompletedProcess[str]:
         "PYTHONPATH": str(ROOT),
     }
     return subprocess.run(
-        [*command, sys.executable, __file__, "--calls"],
+        [*command, sys.executable, __file__, "--calls", str(part)],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -96,8 +111,8 @@ def sanitize(tool: str, kernels: str) -> subprocess.CompletedProcess[str]:
 def summary(report: str) -> list[str]:
     """How often each finding was reported at each place, by call."""
     lines, finding, found = [], "", collections.Counter[str]()
-    for line in [*report.splitlines(), "head size"]:
-        if line.startswith("head size"):
+    for line in [*report.splitlines(), CALL]:
+        if line.startswith(CALL):
             lines += [f"  {count} x {finding}" for finding, count in found.most_common(20)]
             lines.append(line)
             found.clear()
@@ -111,22 +126,25 @@ def summary(report: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="*", help=f"any of {', '.join(TOOLS)} (default: all)")
-    parser.add_argument("--calls", action="store_true", help="only run the calls, without a sanitizer")
+    parser.add_argument("--calls", type=int, metavar="PART", help="only run a share of the calls, without a sanitizer")
     args = parser.parse_args()
-    if args.calls:
-        calls()
+    if args.calls is not None:
+        calls(args.calls)
         return 0
     if not shutil.which("compute-sanitizer"):
         parser.exit(2, "no compute-sanitizer on the path: it comes with NVIDIA's CUDA toolkit\n")
     jobs = [(tool, name) for tool in args.tools or TOOLS for name in FAMILIES]
-    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-        runs = pool.map(lambda job: sanitize(job[0], FAMILIES[job[1]]), jobs)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = {job: [pool.submit(sanitize, job[0], FAMILIES[job[1]], part) for part in range(PARTS)] for job in jobs}
         failed = 0
-        for (tool, name), run in zip(jobs, runs, strict=True):
-            print(f"{tool}, {name}: {'clean' if run.returncode == 0 else f'exit {run.returncode}'}", flush=True)
-            if run.returncode:
-                failed += 1
-                print(*summary(run.stdout), run.stderr[-1000:], sep="\n")
+        for (tool, name), parts in runs.items():
+            reports = [part.result() for part in parts]
+            bad = [report for report in reports if report.returncode]
+            count = sum(report.stdout.count(CALL) for report in reports)
+            print(f"{tool}, {name}: {count} calls, {'findings' if bad else 'clean'}", flush=True)
+            failed += bool(bad)
+            for report in bad:
+                print(f"exit {report.returncode}", *summary(report.stdout), report.stderr[-1000:], sep="\n")
     return int(failed > 0)
 
 

@@ -9,7 +9,6 @@
 namespace jf {
 namespace {
 
-constexpr int kCombineWarps = 4;           // of a block: see support/combine.cuh
 constexpr long long kFillingBlocks = 264;  // blocks that keep a large GPU busy: two on each of 132 multiprocessors
 
 size_t SharedBytes(const Sm80Tiles& tiles) {
@@ -25,9 +24,13 @@ Sm80Tiles ChooseTiles(const Call& call) {
   const bool head_dependent = spec.bias() || spec.mask || spec.alibi || spec.dropout || spec.segment_ids;
   const long long rows = static_cast<long long>(call.problem.q_len) * group;
   tiles.packed = group > 1 && !head_dependent && rows <= 64;
-  if (tiles.packed || call.problem.q_len <= 64 || HasScoreFeatures(spec)) {
+  if (HasScoreFeatures(spec)) {
     tiles.queries = 64;
-    if (HasScoreFeatures(spec) && head > 64) tiles.keys = 32;
+    if (head > 64) tiles.keys = 32;
+  } else if (tiles.packed || call.problem.q_len <= 64) {
+    // Mostly decoding: what counts are the bytes on their way, and those of 64 keys are too few below head size 256.
+    tiles.queries = 64;
+    if (head <= 128) tiles.keys = 128;
   } else if (head > 128) {
     tiles.queries = 64;
   } else if (head == 64) {
@@ -88,7 +91,8 @@ Planned PlanSm80Forward(const Call& call) {
                Sm80ForwardArgs{problem, launch.features, buffers.q, buffers.k, buffers.v, buffers.out, buffers.lse,
                                out_parts, lse_parts, segments.Run(launch), q_tiles, splits, section});
     if (splits > 1) {
-      launch.Run(1, {{CeilDiv(all_rows, kCombineWarps)}},
+      const size_t combining_warps = all_rows * CeilDiv(spec.value_dim, kCombineElements);
+      launch.Run(1, {{CeilDiv(combining_warps, kCombineWarps)}},
                  CombineArgs{out_parts, lse_parts, launch.features.sinks, buffers.out, buffers.lse, splits,
                              problem.batch, problem.q_len, problem.q_heads});
     }

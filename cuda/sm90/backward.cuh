@@ -54,6 +54,9 @@ namespace jf {
 
 constexpr int kScores = kQueries / 2;  // accumulator registers of a thread: S^T and dP^T, 64 keys x queries
 constexpr int kStages = kQStages;
+// Steps of K's rows that stay in registers: as many as fit.
+constexpr bool kCrowded = kSpec.bias() || kSpec.mask || kSpec.softcap || kSpec.dropout || kTurns;
+constexpr int kHeldSteps = kHead <= 64 ? 3 : kHead <= 96 ? 6 : kCrowded ? 0 : kPersistent || kSpec.grouped ? 2 : 3;
 constexpr int kSoftwareExp2 = kHead <= 64 ? 0 : 2;  // of every 16 exponentials; by measurement
 static_assert(kKeys == 128 && kQStages == kDoutStages && kHead <= 128 && kValue <= 128);
 
@@ -72,6 +75,22 @@ struct Shared : Rings {
   alignas(1024) unsigned char ds[2][kQueries / 64][kKeys * 128];  // dS^T: rows are keys
 };
 static_assert(sizeof(Shared) == Sm90BackwardSharedBytes(kSpec, kTiles));
+
+// 64 rows of K: its first steps (16 elements each) stay in registers, so that S^T reads that much less of shared memory,
+// whose bandwidth bounds the loop.
+struct KeyRows {
+  u32 held[kHeldSteps == 0 ? 1 : 4 * kHeldSteps];
+  u64 rest;
+
+  JF_DEVICE void load(u32 tile, int row0) {
+    const u32 row = row0 + threadIdx.x / 32 % 4 * 16 + lane_id() % 16;
+    rest = descriptor_k_major(tile + row0 * 128);
+#pragma unroll
+    for (int i = 0; i < kHeldSteps; i++) {
+      load_matrix(held + 4 * i, tile + i / 4 * kKeys * 128 + swizzled_offset(row, i % 4 * 2 + lane_id() / 16));
+    }
+  }
+};
 
 // A 64 x N accumulator to rows [row0, row0 + 64) of a tile in shared memory.
 template <int N>
@@ -124,7 +143,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     const KeyTile tile = key_tile_of(args, work);
     const int key0 = tile.index * kKeys;
     const u32 k_tile = shared_address(shared.k[kv.slot]), v_tile = shared_address(shared.v[kv.slot]);
-    const u64 k_rows = descriptor_k_major(k_tile + g * 8192), v_rows = descriptor_k_major(v_tile + g * 8192);
+    const u64 v_rows = descriptor_k_major(v_tile + g * 8192);
     const u64 k_columns = descriptor_mn_major(k_tile + dq_element0 / 64 * kKeys * 128 + dq_key0 * 128, 0);
 #pragma unroll
     for (int i = 0; i < kHead / 2; i++) dk[i] = 0.f;
@@ -139,12 +158,18 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       }
     }
 
+    KeyRows k_rows;
+    k_rows.load(k_tile, g * 64);
+    // Query tiles that see any of the group's 64 keys, and those that see all of them.
+    const int own_key0 = key0 + g * 64;
+    const Range seen = tiles_of(tile.band.queries_of(own_key0, 64), kQueries),
+                inside = tile.band.interior_query_tiles(own_key0, 64, kQueries);
     for_each_step(args, tile, [&](int head, int m, bool) {
       const int query0 = m * kQueries;
-      const Range own_keys{key0 + g * 64, key0 + g * 64 + 64};
-      const u32 ds_row = g * 64 + warp * 16 + lane_id() % 16;
       const u32 q_tile = shared_address(shared.q[ring.slot]), dout_tile = shared_address(shared.dout[ring.slot]);
+      // Of dS^T, where this lane writes: 16 queries further on, the chunk's number, and so the address, differs in a bit.
       const u32 ds_tile = shared_address(shared.ds[step & 1]);
+      const u32 ds_place = ds_tile + swizzled_offset(g * 64 + warp * 16 + lane_id() % 16, lane_id() / 16);
       const u64 q_rows = descriptor_k_major(q_tile), dout_rows = descriptor_k_major(dout_tile);
       const u64 q_columns = descriptor_mn_major(q_tile, kQueries * 128);
       const u64 dout_columns = descriptor_mn_major(dout_tile, kQueries * 128);
@@ -197,12 +222,11 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
         }
       };
       if constexpr (kSkips) {
-        if (uniform(meet(own_keys, tile.band.keys_of(query0, kQueries)).size()) == 0) {
+        if (!seen.contains(m)) {
           barrier_wait(barrier_of(shared.dout_full, ring.slot), ring.parity);
 #pragma unroll
           for (int i = 0; i < kScores / 8; i++) {
-            store_matrix(ds_tile + i / 4 * kKeys * 128 + swizzled_offset(ds_row, i % 4 * 2 + lane_id() / 16), 0, 0, 0,
-                         0);
+            store_matrix((ds_place ^ i % 4 * 32) + i / 4 * kKeys * 128, 0, 0, 0, 0);
           }
           async_fence();
           if (thread == 0) barrier_arrive(barrier_of(shared.dout_free, ring.slot));
@@ -220,8 +244,12 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kHead / 16; i++) {  // S^T = K Q^T
-        wgmma<kSpec.dtype>(s, descriptor_after(k_rows, i / 4 * kKeys * 128 + i % 4 * 32),
-                           descriptor_after(q_rows, i / 4 * kQueries * 128 + i % 4 * 32), i != 0);
+        const u64 q_step = descriptor_after(q_rows, i / 4 * kQueries * 128 + i % 4 * 32);
+        if (i < kHeldSteps) {
+          wgmma<kSpec.dtype, false>(s, k_rows.held + 4 * i, q_step, i != 0);
+        } else {
+          wgmma<kSpec.dtype>(s, descriptor_after(k_rows.rest, i / 4 * kKeys * 128 + i % 4 * 32), q_step, i != 0);
+        }
       }
       wgmma_commit();
       barrier_wait(barrier_of(shared.dout_full, ring.slot), ring.parity);
@@ -234,10 +262,10 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
 
       wgmma_wait<1>();
       pin(s);
-      const Fragment<true> at = warp_fragment<true>(own_keys.begin + warp * 16, query0);
+      const Fragment<true> at = warp_fragment<true>(own_key0 + warp * 16, query0);
       const Score score = score_of(p, args.features, tile.batch, head);
       float derivative[kSpec.softcap ? kScores : 1];
-      make_logits(s, derivative, at, args, tile, own_keys, head, m, score);
+      make_logits(s, derivative, at, args, tile, inside.contains(m), head, m, score);
 #pragma unroll
       for (int i = 0; i < kScores; i += 4) {
         const float2 lse_log2 =
@@ -277,9 +305,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       }
 #pragma unroll
       for (int i = 0; i < kScores / 2; i += 4) {
-        const u32 chunk = i / 2 % 8 + lane_id() / 16;
-        store_matrix(ds_tile + i / 16 * kKeys * 128 + swizzled_offset(ds_row, chunk), ds16[i], ds16[i + 1], ds16[i + 2],
-                     ds16[i + 3]);
+        store_matrix((ds_place ^ i % 16 * 8) + i / 16 * kKeys * 128, ds16[i], ds16[i + 1], ds16[i + 2], ds16[i + 3]);
       }
       async_fence();
       wgmma_fence();

@@ -290,12 +290,13 @@ JF_DEVICE void clear_rows(unsigned char (&tile)[kAtoms * kRows * 128], int first
 }
 
 // Raw products with the group's keys become logits in the units of score.unit, -inf where the pair is not visible.
+// inside: every pair of the tile is visible, by the band.
 template <bool kTransposed, int N, int M>
 JF_DEVICE void make_logits(float (&s)[N], float (&derivative)[M], const Fragment<kTransposed>& at,
-                           const Sm90BackwardArgs& args, const KeyTile& tile, Range keys, int head, int m,
+                           const Sm90BackwardArgs& args, const KeyTile& tile, bool inside, int head, int m,
                            const Score& score) {
   transform_scores<kSpec.softcap>(s, derivative, at, score);
-  if (!tile.band.interior(m * kQueries, kQueries, keys.begin, keys.size())) hide_outside_band(s, at, tile.band);
+  if (!inside) hide_outside_band(s, at, tile.band);
   if constexpr (kSpec.segment_ids) {
     if (!args.segments.q_bounds[tile.batch * args.q_tiles + m].same_single_id(
             args.segments.kv_bounds[tile.batch * args.key_tiles + tile.index])) {

@@ -117,6 +117,8 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     pin(s);
   }
 
+  const int own_key0 = key0 + g * (kKeys / 2);
+  const Range inside = tile.band.interior_query_tiles(own_key0, kKeys / 2, kQueries);
   for_each_step(args, tile, [&](int head, int m, bool last) {
     const int query0 = m * kQueries;
     const u32 dout_tile = shared_address(shared.dout[0]);
@@ -142,11 +144,10 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       wgmma_wait<2>();
       pin(s);
     }
-    const Range own_keys{key0 + g * (kKeys / 2), key0 + (g + 1) * (kKeys / 2)};
-    const Fragment<false> at = warp_fragment<false>(query0 + warp * 16, own_keys.begin);
+    const Fragment<false> at = warp_fragment<false>(query0 + warp * 16, own_key0);
     const Score score = score_of(p, args.features, tile.batch, head);
     float derivative[kSpec.softcap ? kScores : 1];
-    make_logits(s, derivative, at, args, tile, own_keys, head, m, score);
+    make_logits(s, derivative, at, args, tile, inside.contains(m), head, m, score);
     const int row = warp * 16 + lane_id() / 4;
     const float lse_log2[2] = {shared.lse_log2[q_ring.slot][row], shared.lse_log2[q_ring.slot][row + 8]};
     const float delta[2] = {shared.delta[0][row], shared.delta[0][row + 8]};
