@@ -33,14 +33,15 @@ void visible(const int* bounded, const int* numbers, int queries, int keys, bool
   });
 }
 
-// ranges: begin and end of the keys of the queries, of the queries of the keys, and of their tiles; interior of the
-// tile.
+// ranges: begin and end of the keys of the queries, of the queries of the keys, and of their tiles; of the key tiles
+// that all of the queries see whole, of the query tiles that see all of the keys; interior of the tile.
 void tile(const int* bounded, const int* numbers, int q0, int queries, int k0, int keys, int* ranges) {
   WithBand(bounded, numbers, [&](auto band) {
     const jf::Range of_queries = band.keys_of(q0, queries), of_keys = band.queries_of(k0, keys);
     const jf::Range key_tiles = jf::tiles_of(of_queries, keys), query_tiles = jf::tiles_of(of_keys, queries);
-    const jf::Range inner = band.interior_tiles(q0, queries, keys);
-    for (jf::Range range : {of_queries, of_keys, key_tiles, query_tiles, inner}) {
+    const jf::Range inner = band.interior_tiles(q0, queries, keys),
+                    inner_queries = band.interior_query_tiles(k0, keys, queries);
+    for (jf::Range range : {of_queries, of_keys, key_tiles, query_tiles, inner, inner_queries}) {
       *ranges++ = range.begin;
       *ranges++ = range.end;
     }

@@ -112,7 +112,7 @@ def test_a_missing_kernel_is_named(native, kernels):
         native.compile("absent.cuh", "absent", "", 90)
 
 
-def test_serialised_wgmma_is_an_error(native, kernels):
+def test_serialised_wgmma_is_reported(native, kernels, capfd):
     # The accumulator moves between registers while the products that write it are under way.
     (kernels / "hasty.cuh").write_text("""
         extern "C" __global__ void __launch_bounds__(128)
@@ -126,8 +126,8 @@ def test_serialised_wgmma_is_an_error(native, kernels):
           }
           for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = d[i];
         }""")
-    with pytest.raises(RuntimeError, match=r"(?s)ptxas made wgmma wait.*C751"):
-        native.compile("hasty.cuh", "hasty", "", 90)
+    native.compile("hasty.cuh", "hasty", "", 90)
+    assert re.search(r"(?s)ptxas made wgmma wait.*C751", capfd.readouterr().err)
 
 
 def test_a_missing_nvrtc_says_what_to_install(native, tmp_path):

@@ -78,9 +78,9 @@ def test_visible(pieces, causal, left, right, offset, q_end, kv_end):
 )  # fmt: skip
 def test_tiles(pieces, causal, left, right, offset, q_end, kv_end, q0, queries, k0, keys):
     arguments = causal, left, right, offset, q_end, kv_end
-    got = numbers(*[-1] * 11)
+    got = numbers(*[-1] * 13)
     pieces.tile(*band(*arguments), q0, queries, k0, keys, got)
-    pairs = list(zip(got[:10:2], got[1:10:2], strict=True))
+    pairs = list(zip(got[:12:2], got[1:12:2], strict=True))
     sees = visible_pairs(*arguments)
 
     def holds(range_, flags, width=1):
@@ -97,8 +97,12 @@ def test_tiles(pieces, causal, left, right, offset, q_end, kv_end, q0, queries, 
     if q0 + queries <= q_end:  # rows past the end are for the caller to drop
         whole = [sees[q0 : q0 + queries, i : i + keys].all() for i in range(0, kv_end - keys + 1, keys)]
         assert [pairs[4][0] <= i < pairs[4][1] for i in range(len(whole))] == whole
+    seen = sees[:, k0 : k0 + keys].all(axis=1) & (k0 + keys <= kv_end)
+    whole = [seen[i : i + queries].all() for i in range(0, q_end - queries + 1, queries)]
+    assert [pairs[5][0] <= i < pairs[5][1] for i in range(len(whole))] == whole
+    assert pairs[5][1] <= len(whole) or pairs[5][0] >= pairs[5][1]
     inside = q0 + queries <= q_end and k0 + keys <= kv_end  # LONGEST ends the array, not the tile
-    assert got[10] == (inside and sees[q0 : q0 + queries, k0 : k0 + keys].all())
+    assert got[12] == (inside and sees[q0 : q0 + queries, k0 : k0 + keys].all())
 
 
 @given(st.lists(st.integers(0, 5), min_size=1), st.lists(st.integers(0, 5), min_size=1))

@@ -28,9 +28,9 @@ Sm80Tiles ChooseTiles(const Call& call) {
     tiles.queries = 64;
     if (head > 64) tiles.keys = 32;
   } else if (tiles.packed || call.problem.q_len <= 64) {
-    // Mostly decoding: what counts are the bytes on their way, and those of 64 keys are too few below head size 256.
+    // Mostly decoding: what counts are the bytes on their way.
     tiles.queries = 64;
-    if (head <= 128) tiles.keys = 128;
+    if (head <= 128) tiles.keys = head <= 64 && !spec.segment_ids ? 192 : 128;
   } else if (head > 128) {
     tiles.queries = 64;
   } else if (head == 64) {

@@ -16,7 +16,7 @@
 //
 // Roles: warpgroup 0 loads (one thread, TMA; if deterministic, one more waits for turns, one passes them on);
 // warpgroups 1 and 2 have 64 keys each and compute, for every query tile,
-//   S^T = K Q^T and dP^T = V dO^T     operands in shared memory
+//   S^T = K Q^T and dP^T = V dO^T     operands in shared memory, but for a part of K (KeyRows)
 //   dV += P^T dO and dK += dS^T Q     P^T and dS^T from registers: an accumulator is an A operand
 //   dQ = dS K                         dS^T of both warpgroups from shared memory; half of dQ each
 //
