@@ -23,14 +23,12 @@ long long Pairs(const Call& call) {  // (batch entry, key head)
   return static_cast<long long>(call.problem.batch) * call.problem.kv_heads;
 }
 
-// Whether a key is seen by few queries, however many there are.
-bool IsBounded(const Spec& spec) { return spec.window_left && (spec.causal || spec.window_right); }
-
 // Query rows that a tile of keys meets at most.
 int RowsOfKeyTile(const Call& call, int keys) {
   const Problem& problem = call.problem;
+  const bool bounded = call.spec.window_left && (call.spec.causal || call.spec.window_right);
   const long long right = call.spec.causal ? 0 : problem.window_right;
-  return IsBounded(call.spec) ? std::min<long long>(problem.q_len, problem.window_left + right + keys) : problem.q_len;
+  return bounded ? std::min<long long>(problem.q_len, problem.window_left + right + keys) : problem.q_len;
 }
 
 // Scores as they are, and no mask but the causal one.
@@ -73,12 +71,10 @@ FirstKeys ChooseFirstKeys(int section, int key_tiles, long long pairs) {
 }
 
 // Blocks that go from key tile to key tile hide the start and the end of each; with many steps a tile they gain nothing
-// and read less in step with one another, which costs L2 hits. Under a window the key tiles of a head that run together
-// are neighbours, and meet the same query tiles in any case.
+// and read less in step with one another, which costs L2 hits.
 bool BlocksStay(const Call& call, int queries, int keys) {
-  const unsigned steps = CeilDiv(RowsOfKeyTile(call, keys), queries), group = call.problem.q_heads / call.problem.kv_heads;
-  if (HasScoreFeatures(call.spec)) return false;
-  return steps * group <= (queries == 128 ? 16u : 8u) || (IsBounded(call.spec) && steps <= 20);
+  const unsigned steps = CeilDiv(RowsOfKeyTile(call, keys), queries) * (call.problem.q_heads / call.problem.kv_heads);
+  return !HasScoreFeatures(call.spec) && steps <= (queries == 128 ? 16u : 8u);
 }
 
 // (batch entry, key head) pairs in a section: what they read and add to at a time, one head of a group after the other,
