@@ -16,7 +16,7 @@
 //
 // Roles: warpgroup 0 loads (one thread, TMA; if deterministic, one more waits for turns, one passes them on);
 // warpgroups 1 and 2 have 64 keys each and compute, for every query tile,
-//   S^T = K Q^T and dP^T = V dO^T     operands in shared memory, but for a part of K (KeyRows)
+//   S^T = K Q^T and dP^T = V dO^T     operands in shared memory, but for a part of K and V (HeldRows)
 //   dV += P^T dO and dK += dS^T Q     P^T and dS^T from registers: an accumulator is an A operand
 //   dQ = dS K                         dS^T of both warpgroups from shared memory; half of dQ each
 //
@@ -54,9 +54,19 @@ namespace jf {
 
 constexpr int kScores = kQueries / 2;  // accumulator registers of a thread: S^T and dP^T, 64 keys x queries
 constexpr int kStages = kQStages;
-// Steps of K's rows that stay in registers: as many as fit.
+// Steps of K's and of V's rows that stay in registers: as many as fit; which of the two by measurement.
+constexpr bool kMasks = kSpec.causal || kSpec.window_left || kSpec.window_right;
 constexpr bool kCrowded = kSpec.bias() || kSpec.mask || kSpec.softcap || kSpec.dropout || kTurns;
-constexpr int kHeldSteps = kHead <= 64 ? 3 : kHead <= 96 ? 6 : kCrowded ? 0 : kPersistent || kSpec.grouped ? 2 : 3;
+struct HeldSteps {
+  int keys, values;
+};
+constexpr JF_HOST_DEVICE HeldSteps held_steps() {
+  if (kHead <= 64) return kMasks || kPersistent || kCrowded ? HeldSteps{3, 0} : HeldSteps{3, 2};
+  if (kHead <= 96) return kPersistent || kCrowded ? HeldSteps{6, 0} : HeldSteps{6, 3};
+  if (kCrowded) return {0, 0};
+  if (kPersistent || kSpec.grouped) return {2, 0};
+  return kMasks ? HeldSteps{0, 3} : HeldSteps{3, 1};
+}
 constexpr int kSoftwareExp2 = kHead <= 64 ? 0 : 2;  // of every 16 exponentials; by measurement
 static_assert(kKeys == 128 && kQStages == kDoutStages && kHead <= 128 && kValue <= 128);
 
@@ -69,26 +79,40 @@ static_assert((kQueries == 64 || kQueries == 128) && !(kSplitQueries && kSplitEl
               !((kOwnDq || kFirstKeysStore) && kSplitKeys));
 
 // A group none of whose keys the queries see has no part in the step but dQ of the other's keys.
-constexpr bool kSkips = kQueries == 64 && !kSplitKeys && (kSpec.causal || kSpec.window_left || kSpec.window_right);
+constexpr bool kSkips = kQueries == 64 && !kSplitKeys && kMasks;
 
 struct Shared : Rings {
   alignas(1024) unsigned char ds[2][kQueries / 64][kKeys * 128];  // dS^T: rows are keys
 };
 static_assert(sizeof(Shared) == Sm90BackwardSharedBytes(kSpec, kTiles));
 
-// 64 rows of K: its first steps (16 elements each) stay in registers, so that S^T reads that much less of shared memory,
-// whose bandwidth bounds the loop.
-struct KeyRows {
-  u32 held[kHeldSteps == 0 ? 1 : 4 * kHeldSteps];
-  u64 rest;
+// 64 rows of K or V as the A operand of S^T or dP^T. The first kSteps steps, of 16 elements, stay in registers: the
+// products read that much less of shared memory, whose bandwidth bounds the loop.
+template <int kSteps>
+struct HeldRows {
+  u32 held[kSteps == 0 ? 1 : 4 * kSteps];
+  u64 descriptor;
 
-  JF_DEVICE void load(u32 tile, int row0) {
+  JF_DEVICE HeldRows(u32 tile, int row0) : descriptor(descriptor_k_major(tile + row0 * 128)) {
     const u32 row = row0 + threadIdx.x / 32 % 4 * 16 + lane_id() % 16;
-    rest = descriptor_k_major(tile + row0 * 128);
 #pragma unroll
-    for (int i = 0; i < kHeldSteps; i++) {
+    for (int i = 0; i < kSteps; i++) {
       load_matrix(held + 4 * i, tile + i / 4 * kKeys * 128 + swizzled_offset(row, i % 4 * 2 + lane_id() / 16));
     }
+  }
+  // Starts x = rows * queries^T.
+  template <int kProductSteps>
+  JF_DEVICE void multiply(float (&x)[kScores], u64 queries) const {
+#pragma unroll
+    for (int i = 0; i < kProductSteps; i++) {
+      const u64 step = descriptor_after(queries, i / 4 * kQueries * 128 + i % 4 * 32);
+      if (i < kSteps) {
+        wgmma<kSpec.dtype, false>(x, held + 4 * i, step, i != 0);
+      } else {
+        wgmma<kSpec.dtype>(x, descriptor_after(descriptor, i / 4 * kKeys * 128 + i % 4 * 32), step, i != 0);
+      }
+    }
+    wgmma_commit();
   }
 };
 
@@ -143,7 +167,6 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     const KeyTile tile = key_tile_of(args, work);
     const int key0 = tile.index * kKeys;
     const u32 k_tile = shared_address(shared.k[kv.slot]), v_tile = shared_address(shared.v[kv.slot]);
-    const u64 v_rows = descriptor_k_major(v_tile + g * 8192);
     const u64 k_columns = descriptor_mn_major(k_tile + dq_element0 / 64 * kKeys * 128 + dq_key0 * 128, 0);
 #pragma unroll
     for (int i = 0; i < kHead / 2; i++) dk[i] = 0.f;
@@ -158,8 +181,8 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       }
     }
 
-    KeyRows k_rows;
-    k_rows.load(k_tile, g * 64);
+    const HeldRows<held_steps().keys> k_rows(k_tile, g * 64);
+    const HeldRows<held_steps().values> v_rows(v_tile, g * 64);
     // Query tiles that see any of the group's 64 keys, and those that see all of them.
     const int own_key0 = key0 + g * 64;
     const Range seen = tiles_of(tile.band.queries_of(own_key0, 64), kQueries),
@@ -242,23 +265,9 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
         }
       }
       wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kHead / 16; i++) {  // S^T = K Q^T
-        const u64 q_step = descriptor_after(q_rows, i / 4 * kQueries * 128 + i % 4 * 32);
-        if (i < kHeldSteps) {
-          wgmma<kSpec.dtype, false>(s, k_rows.held + 4 * i, q_step, i != 0);
-        } else {
-          wgmma<kSpec.dtype>(s, descriptor_after(k_rows.rest, i / 4 * kKeys * 128 + i % 4 * 32), q_step, i != 0);
-        }
-      }
-      wgmma_commit();
+      k_rows.multiply<kHead / 16>(s, q_rows);  // S^T = K Q^T
       barrier_wait(barrier_of(shared.dout_full, ring.slot), ring.parity);
-#pragma unroll
-      for (int i = 0; i < kValue / 16; i++) {  // dP^T = V dO^T
-        wgmma<kSpec.dtype>(dp, descriptor_after(v_rows, i / 4 * kKeys * 128 + i % 4 * 32),
-                           descriptor_after(dout_rows, i / 4 * kQueries * 128 + i % 4 * 32), i != 0);
-      }
-      wgmma_commit();
+      v_rows.multiply<kValue / 16>(dp, dout_rows);  // dP^T = V dO^T
 
       wgmma_wait<1>();
       pin(s);
