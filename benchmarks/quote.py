@@ -8,8 +8,8 @@ A block of a page looks like
 
 and names a file of benchmarks/results, then what to show: `grid DIRECTION DTYPE` (speed by length and head size),
 `cases GROUP` (a line a case), `features` (what each costs), `accuracy` (errors beside cuDNN's), `decode` (beside a
-copy), `train` (steps of benchmarks.train), `parallel` (of several devices), `memory` (by length), `losses` (of
-benchmarks.fp8_training) or `peers` (all that were timed, a line a case). The pictures in docs/pictures are drawn from
+copy), `train` (steps of benchmarks.train), `parallel` (of several devices), `module` (of benchmarks.module), `memory`
+(by length), `losses` (of benchmarks.fp8_training) or `peers` (all that were timed, a line a case). The pictures in docs/pictures are drawn from
 the same files, those of `peers` apart. `--check` writes nothing and fails where a page and its run disagree.
 
 After a new run: copy its files over those in benchmarks/results, run this, look at the pages and pictures (only those
@@ -149,6 +149,15 @@ def decode(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def module(rows: list[dict[str, Any]]) -> list[str]:
+    """A module's step by the clock, and what of it its kernels take."""
+    lines = ["| step | kernels, us | clock, us | beyond the kernels, us |", "|---|---|---|---|"]
+    for row in rows:
+        kernels, clock = row["kernel_ms"] * 1e3, row["wall_ms"] * 1e3
+        lines.append(f"| {row['case']} | {kernels:.0f} | {clock:.0f} | {clock - kernels:.0f} |")
+    return lines
+
+
 def memory(rows: list[dict[str, Any]]) -> list[str]:
     """MiB that forward and backward need beside operands and results, by sequence length."""
     mib = {(row["impl"], row["S"]): row["scratch_MiB"] for row in rows if "scratch_MiB" in row}
@@ -177,7 +186,7 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
     return lines + [f"| {row['impl']} | {row['steps']} | {row['last']:.4f} |" for row in rows if "losses" in row]
 
 
-_KINDS = (grid, cases, features, accuracy, train, parallel, decode, memory, peers, losses)
+_KINDS = (grid, cases, features, accuracy, train, parallel, decode, module, memory, peers, losses)
 KINDS = {kind.__name__: kind for kind in _KINDS}
 
 
