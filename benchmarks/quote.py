@@ -9,8 +9,9 @@ A block of a page looks like
 and names a file of benchmarks/results, then what to show: `grid DIRECTION DTYPE` (speed by length and head size),
 `cases GROUP` (a line a case), `features` (what each costs), `accuracy` (errors beside cuDNN's), `decode` (beside a
 copy), `train` (steps of benchmarks.train), `parallel` (of several devices), `module` (of benchmarks.module), `memory`
-(by length), `losses` (of benchmarks.fp8_training) or `peers` (all that were timed, a line a case). The pictures in docs/pictures are drawn from
-the same files, those of `peers` apart. `--check` writes nothing and fails where a page and its run disagree.
+(by length), `losses` (of benchmarks.fp8_training) or `peers` (all that were timed, a line a case). The pictures
+in docs/pictures are drawn from the same files, those of `peers` apart. `--check` writes nothing and fails where a page
+and its run disagree.
 
 After a new run: copy its files over those in benchmarks/results, run this, look at the pages and pictures (only those
 that a page shows are kept).

@@ -11,9 +11,11 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 
 import jax
@@ -118,7 +120,17 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/train.jsonl"))
     parser.add_argument("--commit", default="", help="recorded with the results where git cannot tell it")
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        share_tuning(folder)
+        return run(args)
 
+
+def share_tuning(folder: str) -> None:
+    """Has XLA keep which kernels it found fastest, so that the matrix products of every program take the same ones."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_per_fusion_autotune_cache_dir={folder}"
+
+
+def run(args: argparse.Namespace) -> int:
     console, about = Console(), report.machine(args.commit)
     columns = ("T", "attention", "parallel", "devices", "ms a step", "tokens/s", "GiB", "loss", "compile s")
     table = Table(*columns, title=args.size)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as tool
-from benchmarks import check, quote, report
+from benchmarks import check, module, quote, report
 from benchmarks.cases import Case, named
 from benchmarks.peers import PEERS, Skip
 
@@ -167,3 +167,22 @@ def test_lines_become_tables_and_pictures(tmp_path, monkeypatch):
         assert figure in page
     drawn = report.pictures(report.read(tmp_path / "run.jsonl"), tmp_path)
     assert {path.name for path in drawn} == {"fwd_bf16_speed.png", "fwd_bf16_ratios.png", "memory.png", "train.png"}
+
+
+def test_a_decoding_step_of_the_module(tmp_path):
+    out = tmp_path / "module.jsonl"
+    row = module.main(
+        ["--batch", "2", "--cached", "40", "--heads", "4", "--kv-heads", "2", "--head-dim", "8", "--out", str(out)]
+    )
+    assert report.read(out) == [row] and row["wall_ms"] > 0
+    assert "| decode bf16 batch 2 S40 heads 4/2 D8 | 100 | 250 | 150 |" in quote.module(
+        [row | {"kernel_ms": 0.1, "wall_ms": 0.25}]
+    )
+
+
+def test_the_module_keeps_its_cache():
+    step = module.Step(2, 5, 4, 2, 8)
+    x = jax.random.normal(jax.random.key(0), (2, 1, 32), jax.numpy.bfloat16)
+    first, second = np.asarray(step(x)), np.asarray(step(x))
+    assert step.cache["cache_index"][...] == 7
+    assert (first != second).any()

@@ -20,7 +20,7 @@ import sys
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FAMILIES = {"the kernels of this GPU": "", "the universal kernels": "sm80"}
 ROOT = pathlib.Path(__file__).parents[1]
-PARTS = 4  # processes that share the calls of a tool and a family
+PARTS = 8  # processes that share the calls of a tool and a family
 CALL = "call: "  # starts the line that says what the findings below it belong to
 
 
@@ -134,18 +134,21 @@ def main() -> int:
     if not shutil.which("compute-sanitizer"):
         parser.exit(2, "no compute-sanitizer on the path: it comes with NVIDIA's CUDA toolkit\n")
     jobs = [(tool, name) for tool in args.tools or TOOLS for name in FAMILIES]
+    failed = False
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {job: [pool.submit(sanitize, job[0], FAMILIES[job[1]], part) for part in range(PARTS)] for job in jobs}
-        failed = 0
-        for (tool, name), parts in runs.items():
-            reports = [part.result() for part in parts]
-            bad = [report for report in reports if report.returncode]
-            count = sum(report.stdout.count(CALL) for report in reports)
-            print(f"{tool}, {name}: {count} calls, {'findings' if bad else 'clean'}", flush=True)
-            failed += bool(bad)
-            for report in bad:
-                print(f"exit {report.returncode}", *summary(report.stdout), report.stderr[-1000:], sep="\n")
-    return int(failed > 0)
+        runs = {
+            pool.submit(sanitize, tool, FAMILIES[name], part): f"{tool}, {name}, {part + 1} of {PARTS}"
+            for part in range(PARTS)
+            for tool, name in jobs
+        }
+        for done in concurrent.futures.as_completed(runs):
+            report = done.result()
+            verdict = f"exit {report.returncode}" if report.returncode else "clean"
+            print(f"{runs[done]}: {report.stdout.count(CALL)} calls, {verdict}", flush=True)
+            if report.returncode:
+                failed = True
+                print(*summary(report.stdout), report.stderr[-1000:], sep="\n", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ struct Band {
   // Likewise the tiles of `width` queries, for the keys [k0, k0 + keys).
   constexpr JF_HOST_DEVICE Range interior_query_tiles(int k0, int keys, int width) const {
     if (k0 + keys > kv_end) return {0, 0};
-    const int begin = kRight ? larger(k0 + keys - 1 - right, 0) : 0, end = kLeft ? smaller(k0 + 1 - left, q_end) : q_end;
+    const int begin = kRight ? larger(k0 + keys - 1 - right, 0) : 0,
+              end = kLeft ? smaller(k0 + 1 - left, q_end) : q_end;
     return meet({ceil_div(begin, width), kFar}, {0, larger(end, 0) / width});
   }
 };

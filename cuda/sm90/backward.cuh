@@ -190,7 +190,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     for_each_step(args, tile, [&](int head, int m, bool) {
       const int query0 = m * kQueries;
       const u32 q_tile = shared_address(shared.q[ring.slot]), dout_tile = shared_address(shared.dout[ring.slot]);
-      // Of dS^T, where this lane writes: 16 queries further on, the chunk's number, and so the address, differs in a bit.
+      // Where this lane writes dS^T: from 16 queries to the next, the swizzled address changes by an exclusive or.
       const u32 ds_tile = shared_address(shared.ds[step & 1]);
       const u32 ds_place = ds_tile + swizzled_offset(g * 64 + warp * 16 + lane_id() % 16, lane_id() / 16);
       const u64 q_rows = descriptor_k_major(q_tile), dout_rows = descriptor_k_major(dout_tile);
