@@ -54,8 +54,9 @@ namespace jf {
 
 constexpr int kScores = kQueries / 2;  // accumulator registers of a thread: S^T and dP^T, 64 keys x queries
 constexpr int kStages = kQStages;
-// Steps of K's and of V's rows that stay in registers: as many as fit; which of the two by measurement.
 constexpr bool kMasks = kSpec.causal || kSpec.window_left || kSpec.window_right;
+
+// Steps, of 16 elements, of K's and V's rows that stay in registers: as many as fit; whose, by measurement.
 constexpr bool kCrowded = kSpec.bias() || kSpec.mask || kSpec.softcap || kSpec.dropout || kTurns;
 struct HeldSteps {
   int keys, values;
@@ -67,6 +68,7 @@ constexpr JF_HOST_DEVICE HeldSteps held_steps() {
   if (kPersistent || kSpec.grouped) return {2, 0};
   return kMasks ? HeldSteps{0, 3} : HeldSteps{3, 1};
 }
+
 constexpr int kSoftwareExp2 = kHead <= 64 ? 0 : 2;  // of every 16 exponentials; by measurement
 static_assert(kKeys == 128 && kQStages == kDoutStages && kHead <= 128 && kValue <= 128);
 
