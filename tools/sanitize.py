@@ -16,6 +16,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FAMILIES = {"the kernels of this GPU": "", "the universal kernels": "sm80"}
@@ -68,6 +70,7 @@ def calls(part: int) -> None:
 
     for name, (case, keywords) in list(table().items())[part::PARTS]:
         print(f"{CALL}{name}", flush=True)
+        start = time.monotonic()
         inputs = case.inputs()
 
         # Every array is an operand: initcheck does not see how constants of a program get their values.
@@ -79,28 +82,23 @@ def calls(part: int) -> None:
         for result, x in jax.jit(run)(arrays).items():
             if np.isnan(np.asarray(x, np.float32)).any():
                 raise AssertionError(f"{name}: NaN in {result}")
+        print(f"{time.monotonic() - start:.1f} s", flush=True)
 
 
-def sanitize(tool: str, kernels: str, part: int) -> subprocess.CompletedProcess[str]:
-    command = [
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        "--print-limit",
-        "1000",
-        "--show-backtrace",
-        "no",
-    ]
+def run(tool: str, kernels: str, part: int, programs: str) -> subprocess.CompletedProcess[str]:
+    """A share of the calls under a tool, or under none. `programs`: folder of what XLA has compiled already."""
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    sanitizer += ["--print-limit", "1000", "--show-backtrace", "no"]
     environment = {
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
         "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer=",
+        "JAX_COMPILATION_CACHE_DIR": programs,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_FLASH_KERNELS": kernels,
         "PYTHONPATH": str(ROOT),
     }
     return subprocess.run(
-        [*command, sys.executable, __file__, "--calls", str(part)],
+        [*(sanitizer if tool else []), sys.executable, __file__, "--calls", str(part)],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -133,21 +131,30 @@ def main() -> int:
         return 0
     if not shutil.which("compute-sanitizer"):
         parser.exit(2, "no compute-sanitizer on the path: it comes with NVIDIA's CUDA toolkit\n")
-    jobs = [(tool, name) for tool in args.tools or TOOLS for name in FAMILIES]
     failed = False
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {
-            pool.submit(sanitize, tool, FAMILIES[name], part): f"{tool}, {name}, {part + 1} of {PARTS}"
-            for part in range(PARTS)
-            for tool, name in jobs
-        }
-        for done in concurrent.futures.as_completed(runs):
-            report = done.result()
-            verdict = f"exit {report.returncode}" if report.returncode else "clean"
-            print(f"{runs[done]}: {report.stdout.count(CALL)} calls, {verdict}", flush=True)
-            if report.returncode:
-                failed = True
-                print(*summary(report.stdout), report.stderr[-1000:], sep="\n", flush=True)
+    with (
+        tempfile.TemporaryDirectory() as programs,
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        # First without a tool, which compiles everything: under a tool that takes long.
+        for tools in ([""], args.tools or TOOLS):
+            if failed:
+                break
+            runs = {
+                pool.submit(run, tool, FAMILIES[name], part, programs): (
+                    f"{tool or 'no tool'}, {name}, {part + 1} of {PARTS}"
+                )
+                for part in range(PARTS)
+                for tool in tools
+                for name in FAMILIES
+            }
+            for done in concurrent.futures.as_completed(runs):
+                report = done.result()
+                verdict = f"exit {report.returncode}" if report.returncode else "clean"
+                print(f"{runs[done]}: {report.stdout.count(CALL)} calls, {verdict}", flush=True)
+                if report.returncode:
+                    failed = True
+                    print(*summary(report.stdout), report.stderr[-1000:], sep="\n", flush=True)
     return int(failed)
 
 
