@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as tool
-from benchmarks import check, module, quote, report
+from benchmarks import check, compilation, module, quote, report
 from benchmarks.cases import Case, named
 from benchmarks.peers import PEERS, Skip
 
@@ -186,3 +186,11 @@ def test_the_module_keeps_its_cache():
     first, second = np.asarray(step(x)), np.asarray(step(x))
     assert step.cache["cache_index"][...] == 7
     assert (first != second).any()
+
+
+def test_kernels_come_from_the_disk_once_they_are_compiled(tmp_path):
+    out = tmp_path / "compilation.jsonl"
+    rows = compilation.main(["--calls", "--head-dim 64", "--out", str(out)])
+    assert {"sm90_forward", "sm90_backward", "delta", "dq_from_sums"} == {row["kernel"] for row in rows}
+    assert all(row["warm_s"] < row["cold_s"] for row in rows)
+    assert len(report.read(out)) == len(rows)

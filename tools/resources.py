@@ -83,12 +83,16 @@ class Row(NamedTuple):
         return self[:4]
 
 
-def measure(call: str, arch: int) -> list[Row]:
-    """The rows of one attention call and its gradient on one architecture."""
+def plans_of(call: str, arch: int):
+    """Of an attention call and its gradient on one architecture, as `jax_flash.__main__.plans` has them."""
     words = call.replace(ALL_FEATURES, " ".join(FEATURES)).split()
-    options = argument_parser().parse_args(["explain", *words, "--arch", arch_name(arch)])
+    return plans(argument_parser().parse_args(["explain", *words, "--arch", arch_name(arch)]))
+
+
+def measure(call: str, arch: int) -> list[Row]:
+    """The rows of one call."""
     rows = []
-    for direction, _, plan in plans(options):
+    for direction, _, plan in plans_of(call, arch):
         for kernel in plan.get("kernels", ()):
             log = native().compile(kernel["source"], kernel["entry"], kernel["variant"], arch)["log"]
             waits = " ".join(sorted(set(re.findall(r"C75\d\d", log))))
