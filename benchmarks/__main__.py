@@ -9,19 +9,16 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import pathlib
 import sys
-import tempfile
 import time
-from unittest import mock
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from jax_flash import extension, fp8
+from jax_flash import fp8
 
 from . import check, report, timing, torch_sdpa
 from .cases import Case, grid, named
@@ -42,14 +39,11 @@ def scratch_mib(case: Case, attention: Attention) -> float:
 
 
 def compile_s(call, operands) -> float:
-    """Seconds to trace and compile with no kernel on disk (those this process has already are not compiled again)."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {extension.CACHE_DIR: folder}):
-        extension.configure(extension.native())
+    """Seconds to trace and compile with no kernel on disk."""
+    with timing.empty_kernel_cache():
         start = time.perf_counter()
         call.lower(*operands).compile()
-        seconds = time.perf_counter() - start
-    extension.configure(extension.native())
-    return seconds
+        return time.perf_counter() - start
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,17 +6,13 @@ The kernels are those of tests/resources.csv, every variant of the support table
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import pathlib
 import sys
-import tempfile
 import time
-from unittest import mock
 
 from jax_flash import extension
 
-from . import report
+from . import report, timing
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tools"))
 
@@ -50,18 +46,15 @@ def main(argv=None) -> list[dict]:
 
     about = report.machine(args.commit) | {"nvrtc": resources.nvrtc_version(), "arch": args.arch}
     rows = []
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {extension.CACHE_DIR: folder}):
-        extension.configure(extension.native())
+    with timing.empty_kernel_cache():
         for call, kernel in kernels(args.calls, args.arch):
             (cold, was_there), (warm, is_there) = (seconds(kernel, args.arch) for _ in range(2))
             if was_there or not is_there:
                 raise AssertionError(f"{kernel['entry']} of {call}: on disk before: {was_there}, after: {is_there}")
             row = {"group": "compilation", "kernel": kernel["entry"], "case": call, "cold_s": cold, "warm_s": warm}
-            rows.append(row)
-    extension.configure(extension.native())
+            rows.append(row | about)
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("".join(json.dumps(row | about) + "\n" for row in rows))
+    report.write(args.out, rows)
     for key in ("cold_s", "warm_s"):
         slowest = max(rows, key=lambda row: row[key])
         print(f"{len(rows)} kernels, {key} at most {slowest[key]:.4f}: {slowest['kernel']} of {slowest['case']}")

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -77,12 +75,11 @@ def main(argv=None) -> dict:
 
     case = "decode bf16 batch {} S{} heads {}/{} D{}".format(*sizes)
     row = {"group": "module", "impl": "jax_flash", "case": case} | watch.line | report.machine(args.commit)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(row) + "\n")
+    report.write(args.out, [row])
     kernels = f", {row['kernel_ms']:.3f} in kernels" if row["kernel_ms"] else ""
     print(f"{case}: {row['wall_ms']:.3f} ms a step by the clock{kernels}")
     return row
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -64,6 +64,11 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
+def write(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def pictures(rows: Iterable[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
     """Pictures of a run: speed by length, with the matrix product's rate as the ceiling, how many times as fast as each
     peer, memory by length, training steps by length, and losses by step."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+
+from jax_flash import extension
 
 REPEATS, TURNS = 20, 4
 wait = jax.block_until_ready
@@ -80,6 +86,17 @@ class Stopwatch:
     def line(self) -> dict[str, float | None]:
         kernel = statistics.median(self.kernels) if self.kernels else None
         return {"kernel_ms": kernel, "wall_ms": statistics.median(self.walls)}
+
+
+@contextlib.contextmanager
+def empty_kernel_cache() -> Iterator[None]:
+    """No kernel is on disk (those this process has already loaded are not compiled again)."""
+    try:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {extension.CACHE_DIR: folder}):
+            extension.configure(extension.native())
+            yield
+    finally:
+        extension.configure(extension.native())
 
 
 def ceilings() -> dict[str, float]:

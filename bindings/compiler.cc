@@ -203,11 +203,6 @@ Compilation RunNvrtc(const Library& nvrtc, const Source& source, const KernelVar
   check(nvrtc.log(program, result.log.data()));
   result.log.erase(result.log.find_last_not_of(std::string("\0\n", 2)) + 1);
   if (compiled != 0) throw Error("a kernel does not compile: " + Describe(kernel, arch, result.log));
-  static const std::regex serialised("\\(C751[0-5]\\)");
-  if (std::regex_search(result.log, serialised)) {
-    std::fprintf(stderr, "jax_flash: a kernel is right but slow, since ptxas made wgmma wait; please report this: %s\n",
-                 Describe(kernel, arch, result.log).c_str());
-  }
   check(nvrtc.cubin_size(program, &size));
   result.cubin.resize(size);
   check(nvrtc.cubin(program, result.cubin.data()));
@@ -222,6 +217,14 @@ std::string Pack(const Compilation& compilation) {
 Compilation Unpack(const std::string& content) {
   const size_t newline = content.find('\n'), log_size = std::stoul(content);
   return {content.substr(newline + 1 + log_size), content.substr(newline + 1, log_size), true};
+}
+
+// In every process, whether or not the kernel comes from the disk.
+void WarnIfSerialised(const KernelVariant& kernel, int arch, const std::string& log) {
+  static const std::regex serialised("\\(C751[0-5]\\)");
+  if (!std::regex_search(log, serialised)) return;
+  std::fprintf(stderr, "jax_flash: a kernel is right but slow, since ptxas made wgmma wait; please report this: %s\n",
+               Describe(kernel, arch, log).c_str());
 }
 
 void Dump(const KernelVariant& kernel, int arch, const std::string& key, const Compilation& compilation) {
@@ -253,6 +256,7 @@ Compilation Compile(const KernelVariant& kernel, int arch) {
     compilation = RunNvrtc(nvrtc, source, kernel, arch);
     cache::Write(settings.cache, name, Pack(compilation));
   }
+  WarnIfSerialised(kernel, arch, compilation.log);
   if (!settings.dump.empty()) Dump(kernel, arch, key, compilation);
   return compilation;
 }

@@ -85,10 +85,12 @@ def test_one_failure_leaves_the_other_line(monkeypatch):
 
 def test_compile_time_is_that_of_an_empty_cache(monkeypatch):
     folders = []
-    monkeypatch.setattr(tool.extension, "configure", lambda module: folders.append(tool.extension.cache_folder()))
-    monkeypatch.setattr(tool.extension, "native", lambda: None)
+    monkeypatch.setattr(
+        tool.timing.extension, "configure", lambda module: folders.append(tool.timing.extension.cache_folder())
+    )
+    monkeypatch.setattr(tool.timing.extension, "native", lambda: None)
     assert tool.compile_s(jax.jit(lambda x: x + 1), (1.0,)) > 0
-    assert folders[0] != folders[1] == tool.extension.cache_folder()
+    assert folders[0] != folders[1] == tool.timing.extension.cache_folder()
 
 
 def test_every_case_has_its_own_name():

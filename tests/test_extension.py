@@ -112,9 +112,9 @@ def test_a_missing_kernel_is_named(native, kernels):
         native.compile("absent.cuh", "absent", "", 90)
 
 
-def test_serialised_wgmma_is_reported(native, kernels, capfd):
+def test_serialised_wgmma_is_reported_in_every_process(native, tmp_path, capfd):
     # The accumulator moves between registers while the products that write it are under way.
-    (kernels / "hasty.cuh").write_text("""
+    (tmp_path / "hasty.cuh").write_text("""
         extern "C" __global__ void __launch_bounds__(128)
         hasty(float* out, unsigned long long a, unsigned long long b, int steps) {
           float d[4] = {1, 2, 3, 4};
@@ -126,8 +126,11 @@ def test_serialised_wgmma_is_reported(native, kernels, capfd):
           }
           for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = d[i];
         }""")
-    native.compile("hasty.cuh", "hasty", "", 90)
-    assert re.search(r"(?s)ptxas made wgmma wait.*C751", capfd.readouterr().err)
+    cache = tmp_path / "cache"
+    native.configure(nvrtc=extension.nvrtc_candidates(), kernels=str(tmp_path), cache=str(cache), dump="")
+    for cached in (False, True):
+        assert native.compile("hasty.cuh", "hasty", "", 90)["cached"] == cached
+        assert re.search(r"(?s)ptxas made wgmma wait.*C751", capfd.readouterr().err)
 
 
 def test_a_missing_nvrtc_says_what_to_install(native, tmp_path):
