@@ -56,7 +56,7 @@ ALL = tuple(
             *(f"--head-dim {size} --causal --fp8{scores}" for size in (64, 128, 256) for scores in ("", " int8")),
             *(f"--head-dim 128 --causal {feature}" for feature in FEATURES),
             *(f"{size} --causal {ALL_FEATURES}" for size in HEAD_SIZES),
-            *(f"--head-dim {size} --deterministic" for size in (64, 96)),
+            *(f"--head-dim {call} --deterministic" for call in ("64", "96", "128 --mask")),
             *(f"--head-dim 96 --causal {feature}" for feature in ("--mask", "--dropout-rate 0.1", "--window 1024 0")),
             *(
                 f"--head-dim {size} --causal --q-len 1 --kv-len 8192 --kv-heads 4 --q-offset --kv-lengths"

@@ -123,20 +123,26 @@ def summary(report: str) -> list[str]:
     return lines[:-1]
 
 
+def verdict(tool: str, report: subprocess.CompletedProcess[str]) -> str:
+    if report.returncode:
+        return f"exit {report.returncode}"
+    return "clean" if not tool or "SUMMARY: 0 " in report.stdout else f"no summary of {tool}'s"
+
+
 def run_all(tools: Sequence[str], pool: concurrent.futures.Executor, programs: str) -> bool:
     """Whether all calls of all families are clean under the tools; prints what each process found as it ends."""
     runs = {
-        pool.submit(run, tool, FAMILIES[name], part, programs): f"{tool or 'no tool'}, {name}, {part + 1} of {PARTS}"
+        pool.submit(run, tool, FAMILIES[name], part, programs): (tool, f"{name}, {part + 1} of {PARTS}")
         for part in range(PARTS)
         for tool in tools
         for name in FAMILIES
     }
     clean = True
     for done in concurrent.futures.as_completed(runs):
-        report = done.result()
-        verdict = f"exit {report.returncode}" if report.returncode else "clean"
-        print(f"{runs[done]}: {report.stdout.count(CALL)} calls, {verdict}", flush=True)
-        if report.returncode:
+        (tool, share), report = runs[done], done.result()
+        found = verdict(tool, report)
+        print(f"{tool or 'no tool'}, {share}: {report.stdout.count(CALL)} calls, {found}", flush=True)
+        if found != "clean":
             clean = False
             print(*summary(report.stdout), report.stderr[-1000:], sep="\n", flush=True)
     return clean

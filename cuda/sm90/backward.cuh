@@ -41,8 +41,7 @@
 // and both of these threads arrive at kv_free, having read what the slot's work is.
 // Named barriers: kAllConsumers between writing dS^T and reading the other's; kWarpgroup + g before a store by TMA.
 //
-// Registers: 168 a thread at launch; 24 for the producer, 240 for the consumers, or 40 and 232 where the former does
-// more than to load one key tile (dk, dv 64 + 64, S^T, dP^T 32 + 32 or 64 + 64, P^T and dS^T as operands 16 + 16 or 32
+// Registers: 168 a thread at launch; 24 for the producer, 240 for the consumers, or 40 and 232 (kServesMore; dk, dv 64 + 64, S^T, dP^T 32 + 32 or 64 + 64, P^T and dS^T as operands 16 + 16 or 32
 // + 32 once the former are spent; dq takes the place of S^T).
 //
 // Numerics: fp32 throughout but for P and dS, rounded to the operands' type. Rows that see nothing come with lse_log2 =
@@ -54,10 +53,10 @@ namespace jf {
 
 constexpr int kScores = kQueries / 2;  // accumulator registers of a thread: S^T and dP^T, 64 keys x queries
 constexpr int kStages = kQStages;
-constexpr bool kMasks = kSpec.causal || kSpec.window_left || kSpec.window_right;
 
 // Steps, of 16 elements, of K's and V's rows that stay in registers: as many as fit; whose, by measurement.
-constexpr bool kCrowded = kSpec.bias() || kSpec.mask || kSpec.softcap || kSpec.dropout || kTurns;
+constexpr bool kCrowded = kSpec.bias() || kSpec.mask || kSpec.softcap || kSpec.dropout ||
+                          (kTurns && (!kMasks || kSpec.alibi || kSpec.q_lengths || kSpec.kv_lengths));
 struct HeldSteps {
   int keys, values;
 };

@@ -29,8 +29,13 @@ constexpr int kHead = Sm90BackwardTileSize(kSpec, kSpec.head_dim),
               kValue = Sm90BackwardTileSize(kSpec, kSpec.value_dim);
 constexpr int kHeadAtoms = (kHead + 63) / 64, kValueAtoms = (kValue + 63) / 64;  // of 64 elements: 128 bytes a row
 constexpr int kDqBlocks = kQueries / 64 * (kHead / 8);                           // of 64 queries x 8 elements
-constexpr int kProducerRegisters = kPersistent || kTurns ? 40 : 24,
-              kConsumerRegisters = kPersistent || kTurns ? 232 : 240;
+constexpr bool kMasks = kSpec.causal || kSpec.window_left || kSpec.window_right;
+// A producer that goes on to further key tiles, or has turns beside it, is given more registers; except where the
+// consumers' step, of 64 queries and head sizes up to 128, has most to keep.
+constexpr bool kCrowdedTurns =
+    kTurns && kQueries == 64 && kHead <= 128 && (kMasks || kSpec.mask || kSpec.dropout);
+constexpr bool kServesMore = kPersistent || (kTurns && !kCrowdedTurns);
+constexpr int kProducerRegisters = kServesMore ? 40 : 24, kConsumerRegisters = kServesMore ? 232 : 240;
 static_assert(kProducerRegisters + 2 * kConsumerRegisters == 3 * (65536 / 384 / 8 * 8));
 
 enum NamedBarrier { kAllConsumers = 1, kWarpgroup = 2 };  // kWarpgroup + g
