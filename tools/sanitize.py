@@ -24,6 +24,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FAMILIES = {"the kernels of this GPU": "", "the universal kernels": "sm80"}
 ROOT = pathlib.Path(__file__).parents[1]
 PARTS = 8  # processes that share the calls of a tool and a family
+LIMIT_S = 120  # for each; exit 124 is a process that took longer: tools have hung
 CALL = "call: "  # starts the line that says what the findings below it belong to
 
 
@@ -89,6 +90,7 @@ def calls(part: int) -> None:
 
 def run(tool: str, kernels: str, part: int, programs: str) -> subprocess.CompletedProcess[str]:
     """A share of the calls under a tool, or under none. `programs`: folder of what XLA has compiled already."""
+    limit = ["timeout", "--kill-after", "5", str(LIMIT_S)]
     sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     sanitizer += ["--print-limit", "1000", "--show-backtrace", "no"]
     environment = {
@@ -100,7 +102,7 @@ def run(tool: str, kernels: str, part: int, programs: str) -> subprocess.Complet
         "PYTHONPATH": str(ROOT),
     }
     return subprocess.run(
-        [*(sanitizer if tool else []), sys.executable, __file__, "--calls", str(part)],
+        [*limit, *(sanitizer if tool else []), sys.executable, __file__, "--calls", str(part)],
         env=os.environ | environment,
         capture_output=True,
         text=True,

@@ -41,8 +41,9 @@
 // and both of these threads arrive at kv_free, having read what the slot's work is.
 // Named barriers: kAllConsumers between writing dS^T and reading the other's; kWarpgroup + g before a store by TMA.
 //
-// Registers: 168 a thread at launch; 24 for the producer, 240 for the consumers, or 40 and 232 (kServesMore; dk, dv 64 + 64, S^T, dP^T 32 + 32 or 64 + 64, P^T and dS^T as operands 16 + 16 or 32
-// + 32 once the former are spent; dq takes the place of S^T).
+// Registers: 168 a thread at launch; 24 for the producer, 240 for the consumers, or 40 and 232 (kServesMore). Of those
+// dk, dv take 64 + 64, S^T, dP^T 32 + 32 or 64 + 64, P^T and dS^T as operands 16 + 16 or 32 + 32 once the former are
+// spent; dq takes the place of S^T.
 //
 // Numerics: fp32 throughout but for P and dS, rounded to the operands' type. Rows that see nothing come with lse_log2 =
 // +inf and give p = 0. What lies past a length may be NaN: it is cleared in shared memory. Limits: float16 and

@@ -32,8 +32,7 @@ constexpr int kDqBlocks = kQueries / 64 * (kHead / 8);                          
 constexpr bool kMasks = kSpec.causal || kSpec.window_left || kSpec.window_right;
 // A producer that goes on to further key tiles, or has turns beside it, is given more registers; except where the
 // consumers' step, of 64 queries and head sizes up to 128, has most to keep.
-constexpr bool kCrowdedTurns =
-    kTurns && kQueries == 64 && kHead <= 128 && (kMasks || kSpec.mask || kSpec.dropout);
+constexpr bool kCrowdedTurns = kTurns && kQueries == 64 && kHead <= 128 && (kMasks || kSpec.mask || kSpec.dropout);
 constexpr bool kServesMore = kPersistent || (kTurns && !kCrowdedTurns);
 constexpr int kProducerRegisters = kServesMore ? 40 : 24, kConsumerRegisters = kServesMore ? 232 : 240;
 static_assert(kProducerRegisters + 2 * kConsumerRegisters == 3 * (65536 / 384 / 8 * 8));
