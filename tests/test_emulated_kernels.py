@@ -53,6 +53,11 @@ FAULTS = {
     "scores not waited for": ("sm90/forward.cuh", "wgmma_wait<1>();\n      pin(s);", "pin(s);"),
     "keys not waited for": ("sm90/forward.cuh", LOOP_WAITS, LOOP_WAITS.splitlines()[0]),
     "values not waited for": ("sm90/forward.cuh", LOOP_WAITS, LOOP_WAITS.splitlines()[1]),
+    "a warp waits alone": (
+        "sm90/forward.cuh",
+        "if (grown) {  // may differ from warp to warp\n",
+        "if (grown) {\n        wgmma_wait<0>();\n",
+    ),
     "values never let go": ("sm90/forward.cuh", "pin(o);\n      release(shared.v_free, ring.slot);", "pin(o);"),
     "dS of the other group not waited for": (
         "sm90/backward.cuh",

@@ -626,15 +626,13 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       const bool grown = softmax.template step<false>(s, rescale, logits);
       drop(n);
       pin(s);
-      if (grown) {
-        wgmma_wait<0>();
-        pin(o);
-#pragma unroll
-        for (int i = 0; i < kValueSteps * 8; i++) o[i] *= rescale[fragment_row(i)];
-      }
       wgmma_wait<0>();
       pin(o);
       release(shared.v_free, ring.slot);
+      if (grown) {  // may differ from warp to warp
+#pragma unroll
+        for (int i = 0; i < kValueSteps * 8; i++) o[i] *= rescale[fragment_row(i)];
+      }
       round_probabilities();
       ring = next;
     }

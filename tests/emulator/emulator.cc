@@ -67,6 +67,7 @@ struct Warp {
   unsigned generation = 0;
   void* operands[32];
   std::vector<Fiber*> waiting;
+  size_t instructions = 0;        // of its warpgroup, that this warp has come to
   size_t products = 0;            // that this warp has issued
   std::vector<size_t> committed;  // how many of them each group ends with
 };
@@ -76,6 +77,7 @@ struct Warpgroup {
   std::deque<std::array<std::function<void()>, 4>> issued;  // each warp's part, null if it has not come yet
   size_t done = 0;                                          // products ahead of these
   std::vector<Fiber*> waiting;
+  std::vector<std::pair<std::string, uint64_t>> instructions;  // and their operands
 
   bool Begun(size_t product) const {
     if (product < done) return true;
@@ -594,8 +596,27 @@ uint32_t pack_int8(float a, float b, float c, float d) {
   return round(a) | round(b) << 8 | round(c) << 16 | round(d) << 24;
 }
 
+// An instruction of a warpgroup: its warps come to the same ones, with the same operand, in the same order.
+static void warpgroup_collective(const char* instruction, uint64_t operand, void* of_lane,
+                                 const std::function<void(void* const*)>& act) {
+  collective(instruction, of_lane, [&](void* const* of_lanes) {
+    auto& instructions = block->running->warpgroup->instructions;
+    const size_t at = block->running->warp->instructions++;
+    if (at == instructions.size()) instructions.emplace_back(instruction, operand);
+    if (instructions[at] != std::pair<std::string, uint64_t>(instruction, operand)) {
+      fail("a warp comes to %s where another of its warpgroup comes to %s, or to one with another operand (thread %u)",
+           instruction, instructions[at].first.c_str(), place().thread.x);
+    }
+    act(of_lanes);
+  });
+}
+
+void wgmma_fence() {
+  warpgroup_collective("wgmma.fence", 0, nullptr, [](void* const*) {});
+}
+
 void wgmma(Product product) {
-  collective("wgmma", &product, [](void* const* lanes) {
+  warpgroup_collective("wgmma", product.descriptor_b, &product, [](void* const* lanes) {
     auto part = std::make_shared<WarpProduct>();
     part->warp = place().thread.x / 32 % 4;
     for (int i = 0; i < 32; i++) {
@@ -615,7 +636,7 @@ void wgmma(Product product) {
 }
 
 void wgmma_commit() {
-  collective("wgmma.commit_group", nullptr, [](void* const*) {
+  warpgroup_collective("wgmma.commit_group", 0, nullptr, [](void* const*) {
     Warp& warp = *block->running->warp;
     Warpgroup& warpgroup = *block->running->warpgroup;
     warp.committed.push_back(warp.products);
@@ -624,7 +645,7 @@ void wgmma_commit() {
 }
 
 void wgmma_wait(size_t pending_groups) {
-  collective("wgmma.wait_group", nullptr, [](void* const*) {});
+  warpgroup_collective("wgmma.wait_group", pending_groups, nullptr, [](void* const*) {});
   const std::vector<size_t>& committed = block->running->warp->committed;
   if (committed.size() <= pending_groups) return;
   const size_t count = committed[committed.size() - 1 - pending_groups];

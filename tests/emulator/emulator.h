@@ -65,6 +65,7 @@ struct Product {
   int dtype, columns;
   bool accumulate, transpose_a, transpose_b;
 };
+void wgmma_fence();
 void wgmma(Product product);
 void wgmma_commit();
 void wgmma_wait(size_t pending_groups);

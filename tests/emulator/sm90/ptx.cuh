@@ -83,9 +83,7 @@ JF_DEVICE void store_matrix_transposed(u32 row, u32 r0, u32 r1) {
   emulated_store_transposed(row, r, 2);
 }
 
-JF_DEVICE void wgmma_fence() {
-  emulator::collective("wgmma.fence", nullptr, [](void* const*) {});
-}
+JF_DEVICE void wgmma_fence() { emulator::wgmma_fence(); }
 JF_DEVICE void wgmma_commit() { emulator::wgmma_commit(); }
 template <int kPending>
 JF_DEVICE void wgmma_wait() {
