@@ -50,6 +50,7 @@ ALL = tuple(
         [
             *SAMPLE,
             *(f"{size}{causal}" for size in HEAD_SIZES for causal in ("", " --causal")),
+            *(f"--head-dim 96 --value-dim 128{causal}" for causal in ("", " --causal")),
             "--head-dim 128 --causal --dtype float16",
             *(f"--head-dim 128{causal} --q-len 8192 --kv-len 8192" for causal in ("", " --causal")),
             *(f"--head-dim {size} --causal --batch 32 --q-len 512 --kv-len 512" for size in (64, 128, 256)),

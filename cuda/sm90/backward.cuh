@@ -62,8 +62,9 @@ struct HeldSteps {
   int keys, values;
 };
 constexpr JF_HOST_DEVICE HeldSteps held_steps() {
-  if (kHead <= 64) return kMasks || kPersistent || kCrowded ? HeldSteps{3, 0} : HeldSteps{3, 2};
-  if (kHead <= 96) return kPersistent || kCrowded ? HeldSteps{6, 0} : HeldSteps{6, 3};
+  const int size = kHead > kValue ? kHead : kValue;
+  if (size <= 64) return kMasks || kPersistent || kCrowded ? HeldSteps{3, 0} : HeldSteps{3, 2};
+  if (size <= 96) return kPersistent || kCrowded ? HeldSteps{6, 0} : HeldSteps{6, 3};
   if (kCrowded) return {0, 0};
   if (kPersistent || kSpec.grouped) return {2, 0};
   return kMasks ? HeldSteps{0, 3} : HeldSteps{3, 1};
