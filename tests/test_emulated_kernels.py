@@ -55,7 +55,7 @@ FAULTS = {
     "values not waited for": ("sm90/forward.cuh", LOOP_WAITS, LOOP_WAITS.splitlines()[1]),
     "a warp waits alone": (
         "sm90/forward.cuh",
-        "if (grown) {  // may differ from warp to warp\n",
+        "if (grown) {  // in some warps: no wait in here, since those of a warpgroup must execute the same ones\n",
         "if (grown) {\n        wgmma_wait<0>();\n",
     ),
     "values never let go": ("sm90/forward.cuh", "pin(o);\n      release(shared.v_free, ring.slot);", "pin(o);"),

@@ -62,7 +62,7 @@ struct HeldSteps {
   int keys, values;
 };
 constexpr JF_HOST_DEVICE HeldSteps held_steps() {
-  const int size = kHead > kValue ? kHead : kValue;
+  const int size = larger(kHead, kValue);
   if (size <= 64) return kMasks || kPersistent || kCrowded ? HeldSteps{3, 0} : HeldSteps{3, 2};
   if (size <= 96) return kPersistent || kCrowded ? HeldSteps{6, 0} : HeldSteps{6, 3};
   if (kCrowded) return {0, 0};

@@ -30,10 +30,11 @@ constexpr int kHead = Sm90BackwardTileSize(kSpec, kSpec.head_dim),
 constexpr int kHeadAtoms = (kHead + 63) / 64, kValueAtoms = (kValue + 63) / 64;  // of 64 elements: 128 bytes a row
 constexpr int kDqBlocks = kQueries / 64 * (kHead / 8);                           // of 64 queries x 8 elements
 constexpr bool kMasks = kSpec.causal || kSpec.window_left || kSpec.window_right;
-// A producer that goes on to further key tiles, or has turns beside it, is given more registers; except where the
-// consumers' step, of 64 queries and head sizes up to 128, has most to keep.
-constexpr bool kCrowdedTurns = kTurns && kQueries == 64 && kHead <= 128 && (kMasks || kSpec.mask || kSpec.dropout);
-constexpr bool kServesMore = kPersistent || (kTurns && !kCrowdedTurns);
+// Consumers of sm90/backward.cuh that need all registers there are even beside turns: by measurement, and because ptxas
+// serialises some without.
+constexpr bool kFullConsumers = !Sm90BackwardIsWide(kSpec) && kQueries == 64 && (kMasks || kSpec.mask || kSpec.dropout);
+// Whether the producer's warpgroup gets more: for further key tiles, or for turns.
+constexpr bool kServesMore = kPersistent || (kTurns && !kFullConsumers);
 constexpr int kProducerRegisters = kServesMore ? 40 : 24, kConsumerRegisters = kServesMore ? 232 : 240;
 static_assert(kProducerRegisters + 2 * kConsumerRegisters == 3 * (65536 / 384 / 8 * 8));
 

@@ -629,7 +629,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       wgmma_wait<0>();
       pin(o);
       release(shared.v_free, ring.slot);
-      if (grown) {  // may differ from warp to warp
+      if (grown) {  // in some warps: no wait in here, since those of a warpgroup must execute the same ones
 #pragma unroll
         for (int i = 0; i < kValueSteps * 8; i++) o[i] *= rescale[fragment_row(i)];
       }

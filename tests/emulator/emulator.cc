@@ -24,6 +24,7 @@
 #include <mutex>
 #include <random>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -77,7 +78,7 @@ struct Warpgroup {
   std::deque<std::array<std::function<void()>, 4>> issued;  // each warp's part, null if it has not come yet
   size_t done = 0;                                          // products ahead of these
   std::vector<Fiber*> waiting;
-  std::vector<std::pair<std::string, uint64_t>> instructions;  // and their operands
+  std::vector<std::pair<std::string_view, uint64_t>> instructions;  // that its warps come to, and their operands
 
   bool Begun(size_t product) const {
     if (product < done) return true;
@@ -603,9 +604,9 @@ static void warpgroup_collective(const char* instruction, uint64_t operand, void
     auto& instructions = block->running->warpgroup->instructions;
     const size_t at = block->running->warp->instructions++;
     if (at == instructions.size()) instructions.emplace_back(instruction, operand);
-    if (instructions[at] != std::pair<std::string, uint64_t>(instruction, operand)) {
+    if (instructions[at] != std::pair<std::string_view, uint64_t>(instruction, operand)) {
       fail("a warp comes to %s where another of its warpgroup comes to %s, or to one with another operand (thread %u)",
-           instruction, instructions[at].first.c_str(), place().thread.x);
+           instruction, instructions[at].first.data(), place().thread.x);
     }
     act(of_lanes);
   });
