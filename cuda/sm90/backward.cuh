@@ -70,6 +70,13 @@ constexpr JF_HOST_DEVICE HeldSteps held_steps() {
   return kMasks ? HeldSteps{0, 3} : HeldSteps{3, 1};
 }
 
+// Exponentials of a thread in a step that are kept ahead of the wait for dP^T (hold_waits); 0: the order is ptxas's,
+// who puts nearly all behind it. By measurement.
+constexpr JF_HOST_DEVICE int exponentials_ahead() {
+  if (kCrowded || kPersistent || kSpec.alibi || kSpec.segment_ids) return 0;
+  return (kMasks ? kHead <= 64 : kHead > 96 && kFirstKeysStore) ? kScores / 2 : 0;
+}
+
 constexpr int kSoftwareExp2 = kHead <= 64 ? 0 : 2;  // of every 16 exponentials; by measurement
 static_assert(kKeys == 128 && kQStages == kDoutStages && kHead <= 128 && kValue <= 128);
 
@@ -278,17 +285,28 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       const Score score = score_of(p, args.features, tile.batch, head);
       float derivative[kSpec.softcap ? kScores : 1];
       make_logits(s, derivative, at, args, tile, inside.contains(m), head, m, score);
+      const auto exponentials = [&](int begin, int end) {
 #pragma unroll
-      for (int i = 0; i < kScores; i += 4) {
-        const float2 lse_log2 =
-            *reinterpret_cast<const float2*>(&shared.lse_log2[ring.slot][2 * i + lane_id() % 4 * 2]);
+        for (int i = begin; i < end; i += 4) {
+          const float2 lse_log2 =
+              *reinterpret_cast<const float2*>(&shared.lse_log2[ring.slot][2 * i + lane_id() % 4 * 2]);
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-          s[i + j] = exp2_shared<kSoftwareExp2>(fmaf(s[i + j], score.unit, j & 1 ? -lse_log2.y : -lse_log2.x), i + j);
+          for (int j = 0; j < 4; j++)
+            s[i + j] = exp2_shared<kSoftwareExp2>(fmaf(s[i + j], score.unit, j & 1 ? -lse_log2.y : -lse_log2.x), i + j);
+        }
+      };
+      if constexpr (constexpr int kAhead = exponentials_ahead(); kAhead > 0) {
+        exponentials(0, kAhead);
+        pin(s);
+        hold_waits(query0 < 0);
+        wgmma_wait<0>();
+        pin(dp);
+        exponentials(kAhead, kScores);
+      } else {
+        exponentials(0, kScores);
+        wgmma_wait<0>();
+        pin(dp);
       }
-
-      wgmma_wait<0>();
-      pin(dp);
       if constexpr (kSpec.dropout) {
         const Dropout dropout = dropout_of(p, args.features, tile.batch, head);
         for_each_kept<kScores>(dropout, at, [&](int i, bool kept) {

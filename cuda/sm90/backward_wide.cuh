@@ -90,10 +90,15 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     }
   }
 
+  // Read ahead of the products, beside whose operands they would wait for shared memory.
+  const int row = warp * 16 + lane_id() / 4;
+  float lse_log2[2];
   // S = Q K^T of the step whose Q is in the ring's slot.
   auto start_scores = [&](int m) {
     const u64 q_rows = descriptor_k_major(shared_address(shared.q[q_ring.slot]));
     barrier_wait(barrier_of(shared.q_full, q_ring.slot), q_ring.parity);
+#pragma unroll
+    for (int r = 0; r < 2; r++) lse_log2[r] = shared.lse_log2[q_ring.slot][row + 8 * r];
     if constexpr (kSpec.q_lengths) {
       if ((m + 1) * kQueries > tile.band.q_end) {
         barrier_wait(barrier_of(shared.dout_full, 0), dout_ring.parity);
@@ -130,8 +135,9 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       start_scores(m);
       wgmma_commit();
     }
-    wgmma_fence();
     barrier_wait(barrier_of(shared.dout_full, 0), dout_ring.parity);
+    const float delta[2] = {shared.delta[0][row], shared.delta[0][row + 8]};
+    wgmma_fence();
 #pragma unroll
     for (int i = 0; i < (kSpec.value_dim + 15) / 16; i++) {  // dP = dO V^T
       wgmma<kSpec.dtype>(dp, descriptor_after(dout_rows, i / 4 * kQueries * 128 + i % 4 * 32),
@@ -148,9 +154,6 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
     const Score score = score_of(p, args.features, tile.batch, head);
     float derivative[kSpec.softcap ? kScores : 1];
     make_logits(s, derivative, at, args, tile, inside.contains(m), head, m, score);
-    const int row = warp * 16 + lane_id() / 4;
-    const float lse_log2[2] = {shared.lse_log2[q_ring.slot][row], shared.lse_log2[q_ring.slot][row + 8]};
-    const float delta[2] = {shared.delta[0][row], shared.delta[0][row + 8]};
 #pragma unroll
     for (int i = 0; i < kScores; i++) s[i] = exp2_fast(fmaf(s[i], score.unit, -lse_log2[fragment_row(i)]));
     if constexpr (!kSpec.dropout) store_transposed(p_tile, g * (kKeys / 2), s, 1.f);

@@ -67,6 +67,11 @@ constexpr bool kStaged = kQStages == 2 || kTiles.q_registers;
 // always have products to start: they are faster without.
 constexpr bool kTurns = kGroups == 2;
 
+// Whether the exponentials of a step are kept ahead of the wait for P V, by measurement: see hold_waits.
+constexpr bool kHoldsWaits = kSpec.head_dim <= 64 && kSpec.value_dim <= 64 &&
+                             !(kSpec.causal || kSpec.window_left || kSpec.window_right || kSpec.softcap ||
+                               kSpec.bias() || kSpec.mask || kSpec.segment_ids);
+
 // The diagonal cuts the last tile of keys. (With a mask array, the registers do not suffice for what is made of it.)
 constexpr bool kDiagonal = (kSpec.causal || kSpec.window_right) && !kSpec.mask;
 
@@ -626,6 +631,7 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       const bool grown = softmax.template step<false>(s, rescale, logits);
       drop(n);
       pin(s);
+      if constexpr (kHoldsWaits) hold_waits(grown);
       wgmma_wait<0>();
       pin(o);
       release(shared.v_free, ring.slot);

@@ -139,6 +139,11 @@ template <int kPending>
 JF_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// ptxas moves a wait up to where the last product was started, past work that does not need the product, but not across
+// the instruction in here, which it must believe to run now and then. (Were it run: nothing waits for this launch.)
+JF_DEVICE void hold_waits(bool seldom) {
+  if (seldom) dependents_launch();
+}
 // The compiler must not move uses of the registers across this point: a wgmma in flight reads or writes them.
 template <class T, int N>
 JF_DEVICE void pin(T (&registers)[N]) {

@@ -89,6 +89,7 @@ template <int kPending>
 JF_DEVICE void wgmma_wait() {
   emulator::wgmma_wait(kPending);
 }
+JF_DEVICE void hold_waits(bool) {}
 template <class T, int N>
 JF_DEVICE void pin(T (&)[N]) {}
 
