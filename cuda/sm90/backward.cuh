@@ -77,6 +77,11 @@ constexpr JF_HOST_DEVICE int exponentials_ahead() {
   return (kMasks ? kHead <= 64 : kHead > 96 && kFirstKeysStore) ? kScores / 2 : 0;
 }
 
+// Whether dQ comes ahead of dV, so that its additions leave while dV and dK are computed; else dV starts before the
+// warpgroups meet. By measurement.
+constexpr bool kDqFirst =
+    kHead > 96 ? !(kSpec.mask || kSpec.window_left) : kHead <= 64 && kPersistent && !(kOwnDq || kTurns);
+
 constexpr int kSoftwareExp2 = kHead <= 64 ? 0 : 2;  // of every 16 exponentials; by measurement
 static_assert(kKeys == 128 && kQStages == kDoutStages && kHead <= 128 && kValue <= 128);
 
@@ -225,7 +230,15 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
         }
         wgmma_commit();
       };
-      const auto send_dq = [&] {
+      const auto wait_dq = [&](bool behind) {  // behind: dV, dK have been started after it
+        if (behind) {
+          wgmma_wait<kDqFirst ? 2 : 1>();
+        } else {
+          wgmma_wait<0>();
+        }
+        pin(dq);
+      };
+      const auto send_dq = [&](bool behind) {
         const int group = kSpec.grouped ? p.q_heads / p.kv_heads : 1;
         const long long dq_head = kOwnDq ? static_cast<long long>(blockIdx.x) * group + head % group
                                          : static_cast<long long>(tile.batch) * p.q_heads + head;
@@ -238,8 +251,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
           if (finished) {
             float earlier[32];
             sum.load_earlier(earlier);
-            wgmma_wait<1>();
-            pin(dq);
+            wait_dq(behind);
 #pragma unroll
             for (int i = 0; i < 32; i++) dq[i] += earlier[i];
             store_dq(args, dq, tile, head, query0 + dq_query0 + warp * 16 + lane_id() / 4,
@@ -247,8 +259,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
           }
         }
         if (!finished) {
-          wgmma_wait<1>();
-          pin(dq);
+          wait_dq(behind);
           if constexpr (kTurns) barrier_wait(barrier_of(shared.turn_came, step & 1), step >> 1 & 1);
           sum.add(dq);
           if constexpr (kTurns) barrier_arrive(barrier_of(shared.turn_used, step & 1));
@@ -266,8 +277,7 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
           named_sync(kAllConsumers, 256);
           wgmma_fence();
           start_dq();
-          wgmma_wait<0>();
-          send_dq();
+          send_dq(false);
           if (thread == 0) barrier_arrive(barrier_of(shared.q_free, ring.slot));
           ring.advance();
           step++;
@@ -337,26 +347,39 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
       for (int i = 0; i < kScores / 2; i += 4) {
         store_matrix((ds_place ^ i % 16 * 8) + i / 16 * kKeys * 128, ds16[i], ds16[i + 1], ds16[i + 2], ds16[i + 3]);
       }
+      const auto start_dv = [&] {
+#pragma unroll
+        for (int i = 0; i < kQueries / 16; i++) {  // dV += P^T dO
+          wgmma<kSpec.dtype, true>(dv, &p16[4 * i], descriptor_after(dout_columns, i * 2048), true);
+        }
+        wgmma_commit();
+      };
+      const auto free_dout = [&] {
+        pin(dv);
+        if (thread == 0) barrier_arrive(barrier_of(shared.dout_free, ring.slot));
+      };
       async_fence();
       wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kQueries / 16; i++) {  // dV += P^T dO
-        wgmma<kSpec.dtype, true>(dv, &p16[4 * i], descriptor_after(dout_columns, i * 2048), true);
-      }
-      wgmma_commit();
+      if constexpr (!kDqFirst) start_dv();
       // Both warpgroups have written their dS^T, and are done with the dQ that reads the buffer written next.
       named_sync(kAllConsumers, 256);
       start_dq();
+      if constexpr (kDqFirst) start_dv();
 #pragma unroll
       for (int i = 0; i < kQueries / 16; i++) {  // dK += dS^T Q
         wgmma<kSpec.dtype, true>(dk, &ds16[4 * i], descriptor_after(q_columns, i * 2048), true);
       }
       wgmma_commit();
 
-      wgmma_wait<2>();
-      pin(dv);
-      if (thread == 0) barrier_arrive(barrier_of(shared.dout_free, ring.slot));
-      send_dq();
+      if constexpr (kDqFirst) {
+        send_dq(true);
+        wgmma_wait<1>();
+        free_dout();
+      } else {
+        wgmma_wait<2>();
+        free_dout();
+        send_dq(true);
+      }
       wgmma_wait<0>();
       pin(dk);
       if (thread == 0) barrier_arrive(barrier_of(shared.q_free, ring.slot));
