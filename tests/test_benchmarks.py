@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as tool
-from benchmarks import check, compilation, module, quote, report
+from benchmarks import check, compilation, module, quote, report, step
 from benchmarks.cases import Case, named
 from benchmarks.peers import PEERS, Skip
 
@@ -188,6 +188,45 @@ def test_the_module_keeps_its_cache():
     first, second = np.asarray(step(x)), np.asarray(step(x))
     assert step.cache["cache_index"][...] == 7
     assert (first != second).any()
+
+
+PROGRAM = """\
+HloModule jit_step
+
+%fused_moves (param: f32[2,4]) -> bf16[4,2] {
+  %param = f32[2,4]{1,0} parameter(0)
+  %transpose.1 = f32[4,2]{1,0} transpose(%param), dimensions={1,0}
+  ROOT %convert.1 = bf16[4,2]{1,0} convert(%transpose.1)
+}
+
+%fused_work (param.1: bf16[4,2]) -> bf16[4,2] {
+  %param.1 = bf16[4,2]{1,0} parameter(0)
+  ROOT %add.1 = bf16[4,2]{1,0} add(%param.1, %param.1)
+}
+
+ENTRY %main (q: f32[2,4], k: bf16[4,2]) -> (bf16[4,2], bf16[2,4]) {
+  %q = f32[2,4]{1,0} parameter(0)
+  %k = bf16[4,2]{1,0} parameter(1)
+  %loop_fusion.2 = bf16[4,2]{1,0} fusion(%q), kind=kLoop, calls=%fused_moves
+  %add_fusion = bf16[4,2]{1,0} fusion(%k), kind=kLoop, calls=%fused_work
+  %passed = bf16[8]{0} bitcast(%add_fusion)
+  %attend.1 = (bf16[4,2]{1,0}, f32[2]{0}) custom-call(%loop_fusion.2, %passed), custom_call_target="jax_flash_forward"
+  %out = bf16[4,2]{1,0} get-tuple-element(%attend.1), index=0
+  %copy.5 = bf16[4,2]{0,1} copy(%out)
+  %copy.6 = bf16[4,2]{0,1} copy(%k)
+  ROOT %result = (bf16[4,2]{0,1}, bf16[4,2]{0,1}) tuple(%copy.5, %copy.6)
+}
+"""
+
+
+def test_what_a_training_step_moves_around_attention(tmp_path):
+    assert step.moves(PROGRAM) == {"loop_fusion.2", "copy.5"}
+    kernels = [("loop_fusion_2", 1.0), ("sm90_forward", 4.0), ("copy_5", 0.5), ("copy_6", 2.0), ("delta", 1.0)]
+    assert step.shares(PROGRAM, kernels) == {"all_ms": 8.5, "attention_ms": 5.0, "moves_ms": 1.5}
+    out = tmp_path / "step.jsonl"
+    sizes = ["--layers", "1", "--heads", "2", "--head-dim", "8", "--length", "16", "--tokens", "32"]
+    row = step.main([*sizes, "--out", str(out)])
+    assert report.read(out) == [row] and row["moves"] == []  # without a GPU no kernel of ours
 
 
 def test_kernels_come_from_the_disk_once_they_are_compiled(tmp_path):
