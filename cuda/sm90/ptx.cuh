@@ -140,7 +140,8 @@ JF_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 // ptxas moves a wait up to where the last product was started, past work that does not need the product, but not across
-// the instruction in here, which it must believe to run now and then. (Were it run: nothing waits for this launch.)
+// the instruction in here, which it must believe to run now and then. (Where it does, a kernel behind may start early:
+// its dependency_wait waits for the end of this one all the same.)
 JF_DEVICE void hold_waits(bool seldom) {
   if (seldom) dependents_launch();
 }
