@@ -16,6 +16,7 @@ from jax_flash.extension import kernel_folder
 
 HEADS_128 = {"head_dim": 128, "value_dim": 128}
 LONGER = {"q_len": 400, "kv_len": 500}
+ONE_HEAD = {"batch": (1,), "q_heads": 1, "kv_heads": 1}
 # Names of the case table, with sizes that end inside tiles and give the two multiprocessors several tiles each.
 CASES = {
     80: [
@@ -41,7 +42,8 @@ CASES = {
         ("many batch entries, causal", {}),
         ("few queries of grouped heads, segment ids", {"head_dim": 64, "value_dim": 64}),
         ("growing scores, causal", {"head_dim": 256, "value_dim": 256, "dtype": "float16", **LONGER}),
-        ("lse", {**HEADS_128, "q_len": 8200, "kv_len": 200, "batch": (1,), "q_heads": 1, "kv_heads": 1}),
+        ("lse", {**HEADS_128, "q_len": 8200, "kv_len": 200, **ONE_HEAD}),
+        ("lse, sinks", {"head_dim": 64, "value_dim": 64, "q_len": 70, "kv_len": 65600, "growth": 20.0, **ONE_HEAD}),
         ("bias in tiles", {**HEADS_128, "q_len": 400, "kv_len": 504}),
         ("window, offset", {**HEADS_128, "q_len": 500, "kv_len": 700, "deterministic": True}),
     ],

@@ -44,7 +44,8 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
   const bool window = spec.window_left || spec.window_right;
   const bool long_plain = call.problem.q_len >= 8192 && !window && !spec.dropout;
   const bool dynamic = Masks(spec) || spec.q_lengths || spec.kv_lengths;
-  Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, bias_tiles};
+  const bool close_tops = call.problem.kv_len >= 65536 && !spec.softcap;  // fewer would rise too often
+  Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, close_tops, bias_tiles};
   if (bias_tiles) {  // take no registers, but shared memory
     // With more rows there is less of the keys and values to load for a row, beside its bias.
     tiles.rows = 192;
@@ -111,7 +112,7 @@ std::string TilesText(const Sm90ForwardTiles& tiles) {
   const auto flag = [](bool yes) { return yes ? "true, " : "false, "; };
   text +=
       number(tiles.rows) + number(tiles.keys) + number(tiles.stages) + number(tiles.q_stages) + flag(tiles.q_registers);
-  text += number(tiles.packed) + flag(tiles.dynamic) + flag(tiles.bias_tiles);
+  text += number(tiles.packed) + flag(tiles.dynamic) + flag(tiles.close_tops) + flag(tiles.bias_tiles);
   return text + "};\n";
 }
 

@@ -543,7 +543,12 @@ JF_DEVICE void consume(const Sm90ForwardArgs& args, Shared& shared, int group) {
       if constexpr (kCapsInSoftmax) {
         return CappedLogits<kSpareRegisters >= 48 ? 16 : 8>(problem);
       } else {
-        return Linear{kTiles.bias_tiles ? score.scale_log2 : score.unit};
+        const Linear linear{kTiles.bias_tiles ? score.scale_log2 : score.unit};
+        if constexpr (kTiles.close_tops) {
+          return CloseLinear{linear};
+        } else {
+          return linear;
+        }
       }
     }();
     // Raw scores of key tile n become what `logits` takes, -inf where masked.
