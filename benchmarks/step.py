@@ -8,24 +8,18 @@ attention takes or gives: copies, transposes, conversions that a layout or a typ
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import pathlib
 import re
 import statistics
-import sys
+from collections.abc import Iterable
 
 import jax
-import numpy as np
 
 from jax_flash.extension import kernel_folder
 
 from . import report
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-
-import gpt
-import train
+from .train import gpt, random_batch, train
 
 STEPS = 5
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.-]+) = .*? ([\w-]+)\(([^)]*)\)(.*)$")
@@ -85,35 +79,11 @@ def own_kernels() -> set[str]:
     return {name for source in sources for name in re.findall(r"(\w+)\(const __grid_constant__", source)}
 
 
-def shares(program: str, kernels: list[tuple[str, float]]) -> dict[str, float]:
-    """Of one step's kernel times: those of this library, of `moves`, and of all, in ms."""
-    moving = {re.sub(r"[.-]", "_", name) for name in moves(program)}
-    own = own_kernels()
-    total: collections.Counter[str] = collections.Counter()
-    for name, time_ms in kernels:
-        total["all_ms"] += time_ms
-        total["attention_ms"] += time_ms if name in own else 0
-        total["moves_ms"] += time_ms if name in moving else 0
-    return dict(total)
-
-
-class Step:
-    """A training step that keeps its state: it can be called over and over."""
-
-    def __init__(self, trainer: train.Trainer, batch):
-        self.step, self.state, self.batch = trainer.step, trainer.spread(trainer.init()), batch
-
-    def __call__(self):
-        self.state, loss = self.step(self.state, self.batch)
-        return loss
-
-    # With these it counts as a jitted function where kernels are timed.
-
-    def trace(self):
-        return self.step.trace(self.state, self.batch)
-
-    def lower(self):
-        return self.step.lower(self.state, self.batch)
+def shares(moving: Iterable[str], kernels: list[tuple[str, float]]) -> dict[str, float]:
+    """Of a step's kernel times in ms: those of this library, of the instructions `moving`, and of all."""
+    groups = {"attention_ms": own_kernels(), "moves_ms": {re.sub(r"[.-]", "_", name) for name in moving}}
+    sums = {group: sum(time_ms for name, time_ms in kernels if name in names) for group, names in groups.items()}
+    return {"all_ms": sum(time_ms for _, time_ms in kernels)} | sums
 
 
 def main(argv=None) -> dict:
@@ -131,18 +101,19 @@ def main(argv=None) -> dict:
     sizes = {"layers": args.layers, "heads": args.heads, "kv_heads": args.heads, "width": width, "length": args.length}
     config = dataclasses.replace(gpt.SIZES["gpt2"], **sizes)
     trainer = train.Trainer(config, steps=1000, devices=jax.devices()[:1])
-    tokens = np.random.default_rng(0).integers(0, config.vocabulary, (batch, args.length + 1), np.int32)
-    step = Step(trainer, trainer.shard(tokens))
-    program = step.lower().compile().as_text()
+    operands = trainer.spread(trainer.init()), random_batch(trainer, batch)
+    step = jax.jit(lambda state, batch: trainer.step(state, batch))  # donates nothing: it can be called over and over
+    moving = moves(step.lower(*operands).compile().as_text())
 
     case = f"step bf16 {args.layers} layers, batch {batch} S{args.length} heads {args.heads} D{args.head_dim} causal"
     row = {"group": "step", "impl": "jax_flash", "case": case} | report.machine(args.commit)
-    row["moves"] = sorted(moves(program))
+    row["moves"] = sorted(moving)
     print(f"{case}: {len(row['moves'])} instructions only move or cast what attention's kernels take or give")
     if jax.default_backend() == "gpu":
         from jax.experimental.mosaic.gpu import profiler
 
-        steps = [shares(program, kernels) for kernels in profiler.measure(step, aggregate=False, iterations=STEPS)()[1]]
+        _, times = profiler.measure(step, aggregate=False, iterations=STEPS)(*operands)
+        steps = [shares(moving, kernels) for kernels in times]
         row |= {key: statistics.median(x[key] for x in steps) for key in steps[0]}
         print("{all_ms:.2f} ms in kernels, {attention_ms:.2f} in attention's, {moves_ms:.3f} in those".format(**row))
     report.write(args.out, [row])

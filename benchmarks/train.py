@@ -63,11 +63,16 @@ class Task:
         config = dataclasses.replace(gpt.SIZES[self.size], length=self.length, attention_fn=IMPLEMENTATIONS[self.impl])
         devices = jax.devices()[: self.devices]
         trainer = train.Trainer(config, steps=1000, parallel=self.parallel, devices=devices)
-        tokens = np.random.default_rng(0).integers(0, config.vocabulary, (self.batch, self.length + 1), np.int32)
-        batch = trainer.shard(tokens)
+        batch = random_batch(trainer, self.batch)
         start = time.perf_counter()
         step = out_of_memory_is_none(lambda: trainer.step.lower(trainer.spread(state), batch).compile())
         return trainer, step, batch, time.perf_counter() - start
+
+
+def random_batch(trainer: train.Trainer, sequences: int):
+    config = trainer.config
+    tokens = np.random.default_rng(0).integers(0, config.vocabulary, (sequences, config.length + 1), np.int32)
+    return trainer.shard(tokens)
 
 
 def out_of_memory_is_none(function):

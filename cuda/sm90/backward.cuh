@@ -70,12 +70,10 @@ constexpr JF_HOST_DEVICE HeldSteps held_steps() {
   return kMasks ? HeldSteps{0, 3} : HeldSteps{3, 1};
 }
 
-// Exponentials of a thread in a step that are kept ahead of the wait for dP^T (hold_waits); 0: the order is ptxas's,
-// who puts nearly all behind it. By measurement.
-constexpr JF_HOST_DEVICE int exponentials_ahead() {
-  if (kCrowded || kPersistent || kSpec.alibi || kSpec.segment_ids) return 0;
-  return (kMasks ? kHead <= 64 : kHead > 96 && kFirstKeysStore) ? kScores / 2 : 0;
-}
+// Whether half of a step's exponentials are kept ahead of the wait for dP^T (hold_waits), behind which ptxas puts
+// nearly all. By measurement.
+constexpr bool kHoldsWaits = !(kCrowded || kPersistent || kSpec.alibi || kSpec.segment_ids) &&
+                             (kMasks ? kHead <= 64 : kHead > 96 && kFirstKeysStore);
 
 // Whether dQ comes ahead of dV, so that its additions leave while dV and dK are computed; else dV starts before the
 // warpgroups meet. By measurement.
@@ -305,18 +303,15 @@ JF_DEVICE void consume(const Sm90BackwardArgs& args, Shared& shared) {
             s[i + j] = exp2_shared<kSoftwareExp2>(fmaf(s[i + j], score.unit, j & 1 ? -lse_log2.y : -lse_log2.x), i + j);
         }
       };
-      if constexpr (constexpr int kAhead = exponentials_ahead(); kAhead > 0) {
-        exponentials(0, kAhead);
+      constexpr int kAhead = kHoldsWaits ? kScores / 2 : kScores;
+      exponentials(0, kAhead);
+      if constexpr (kHoldsWaits) {
         pin(s);
         hold_waits(query0 < 0);
-        wgmma_wait<0>();
-        pin(dp);
-        exponentials(kAhead, kScores);
-      } else {
-        exponentials(0, kScores);
-        wgmma_wait<0>();
-        pin(dp);
       }
+      wgmma_wait<0>();
+      pin(dp);
+      exponentials(kAhead, kScores);
       if constexpr (kSpec.dropout) {
         const Dropout dropout = dropout_of(p, args.features, tile.batch, head);
         for_each_kept<kScores>(dropout, at, [&](int i, bool kept) {
