@@ -50,7 +50,7 @@ def compile_s(call, operands) -> float:
 def task(case: Case):
     """Operands of a case and what their results are: shared by the implementations that are timed on it."""
     arrays = case.arrays()
-    rows = 4096 if case.group == "accuracy" else check.ROWS  # of a few, the error with outliers is a matter of chance
+    rows = 2048 if case.group == "accuracy" else check.ROWS  # of a few, the error with outliers is a matter of chance
     return arrays, {} if case.feature or case.precision == "quantise" else check.exact(case, arrays, rows)
 
 

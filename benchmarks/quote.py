@@ -8,10 +8,10 @@ A block of a page looks like
 
 and names a file of benchmarks/results, then what to show: `grid DIRECTION DTYPE` (speed by length and head size),
 `cases GROUP` (a line a case), `features` (what each costs), `accuracy` (errors beside cuDNN's), `decode` (beside a
-copy), `train` (steps of benchmarks.train), `parallel` (of several devices), `module` (of benchmarks.module), `memory`
-(by length), `losses` (of benchmarks.fp8_training) or `peers` (all that were timed, a line a case). The pictures
-in docs/pictures are drawn from the same files, those of `peers` apart. `--check` writes nothing and fails where a page
-and its run disagree.
+copy), `train` (steps of benchmarks.train), `step` (of benchmarks.step), `parallel` (of several devices), `module` (of
+benchmarks.module), `memory` (by length), `losses` (of benchmarks.fp8_training) or `peers` (all that were timed, a line
+a case). The pictures in docs/pictures are drawn from the same files, those of `peers` apart. `--check` writes nothing
+and fails where a page and its run disagree.
 
 After a new run: copy its files over those in benchmarks/results, run this, look at the pages and pictures (only those
 that a page shows are kept).
@@ -20,7 +20,9 @@ that a page shows are kept).
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,17 +94,32 @@ def features(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def rms(values: list[float]) -> float:
+    return math.sqrt(statistics.fmean(x * x for x in values))
+
+
 def accuracy(rows: list[dict[str, Any]]) -> list[str]:
-    """Relative errors against float64, and in brackets the ratio to cuDNN's in the same run."""
+    """Relative errors against float64, root mean square over the draws, and the ratio to cuDNN's in the same run: in
+    brackets, with the least and the largest of any draw."""
     rows = [row for row in rows if row["group"] == "accuracy"]
     names = ["out", "dq", "dk", "dv"]
     lines = [f"| relative error (x cuDNN's) | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        by_impl = {row["impl"]: row for row in rows if row["case"] == case}
+    draws: dict[str, dict[str, dict[str, list[float]]]] = {}  # case, result, implementation
+    for row in rows:
+        results = draws.setdefault(re.sub(r" draw \d+", "", row["case"]), {})
+        for name in names:
+            if f"error_{name}" in row:
+                results.setdefault(name, {}).setdefault(row["impl"], []).append(row[f"error_{name}"])
+    for case, results in draws.items():
         cells = []
         for name in names:
-            ours, theirs = (by_impl.get(impl, {}).get(f"error_{name}") for impl in ("jax_flash", "cudnn"))
-            cells.append(f"{ours:.1e}" + (f" ({ours / theirs:.2f})" if theirs else "") if ours else "-")
+            ours, theirs = (results.get(name, {}).get(impl, []) for impl in ("jax_flash", "cudnn"))
+            text = f"{rms(ours):.1e}" if ours else "-"
+            if ours and theirs:
+                each = [a / b for a, b in zip(ours, theirs, strict=True)]
+                spread = f"; {min(each):.2f} to {max(each):.2f}" if len(each) > 1 else ""
+                text += f" ({rms(ours) / rms(theirs):.2f}{spread})"
+            cells.append(text)
         lines.append(f"| {case.removeprefix('bwd ')} | {' | '.join(cells)} |")
     return lines
 
@@ -126,6 +143,20 @@ def train(rows: list[dict[str, Any]]) -> list[str]:
             )
             cells.append(speed or row.get("failed", "-"))
         lines.append(f"| T {length} | {' | '.join(cells)} |")
+    return lines
+
+
+def step(rows: list[dict[str, Any]]) -> list[str]:
+    """What of a training step's kernels is attention, and how much longer that takes by copies and casts around it."""
+    lines = [
+        "| step | all kernels, ms | attention's, ms | copies, transposes, casts around them |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        moved = f"{len(row['moves'])}: {row['moves_ms'] / row['attention_ms']:.1%} of attention's time"
+        lines.append(
+            f"| {row['case'].removeprefix('step ')} | {row['all_ms']:.1f} | {row['attention_ms']:.2f} | {moved} |"
+        )
     return lines
 
 
@@ -187,7 +218,7 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
     return lines + [f"| {row['impl']} | {row['steps']} | {row['last']:.4f} |" for row in rows if "losses" in row]
 
 
-_KINDS = (grid, cases, features, accuracy, train, parallel, decode, module, memory, peers, losses)
+_KINDS = (grid, cases, features, accuracy, train, step, parallel, decode, module, memory, peers, losses)
 KINDS = {kind.__name__: kind for kind in _KINDS}
 
 

@@ -149,6 +149,8 @@ def test_lines_become_tables_and_pictures(tmp_path, monkeypatch):
         line("cudnn", tflops=200.0, **grid),
         line("jax_flash", error_out=1e-3, **exact),
         line("cudnn", error_out=2e-3, **exact),
+        line("jax_flash", error_out=3e-3, **exact | {"case": "bwd bf16 D64 draw 1"}),
+        line("cudnn", error_out=1e-3, **exact | {"case": "bwd bf16 D64 draw 1"}),
         line("jax_flash", **plain),
         line("jax_flash", **plain | {"case": "fwd D128 causal softcap", "kernel_ms": 3.0}),
         line("jax_flash", **step),
@@ -162,7 +164,7 @@ def test_lines_become_tables_and_pictures(tmp_path, monkeypatch):
     page = quote.quoted("\n".join(f"<!-- run: run.jsonl {what} -->\n<!-- end -->" for what in shows))
     for figure in (
         "400 (2.00)",
-        "1.0e-03 (0.50)",
+        "| bf16 D64 | 2.2e-03 (1.41; 0.50 to 3.00) |",
         "| softcap | 3.000 ms (x 1.50) |",
         "20.0 (x 2.00, 3 GiB)",
         "| 3.60 | 90% |",
@@ -228,6 +230,10 @@ def test_what_a_training_step_moves_around_attention(tmp_path):
     sizes = ["--layers", "1", "--heads", "2", "--head-dim", "8", "--length", "16", "--tokens", "32"]
     row = step.main([*sizes, "--out", str(out)])
     assert report.read(out) == [row] and row["moves"] == []  # without a GPU no kernel of ours
+    found = {"moves": ["a", "b"], "all_ms": 60.0, "attention_ms": 6.0, "moves_ms": 0.03}
+    assert f"| {row['case'].removeprefix('step ')} | 60.0 | 6.00 | 2: 0.5% of attention's time |" in quote.step(
+        [row | found]
+    )
 
 
 def test_kernels_come_from_the_disk_once_they_are_compiled(tmp_path):
