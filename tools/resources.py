@@ -53,7 +53,7 @@ ALL = tuple(
             *(f"--head-dim 96 --value-dim 128{causal}" for causal in ("", " --causal")),
             "--head-dim 128 --causal --dtype float16",
             *(f"--head-dim 128{causal} --q-len 8192 --kv-len 8192" for causal in ("", " --causal")),
-            "--head-dim 128 --causal --batch 1 --q-len 65536 --kv-len 65536",
+            *(f"--head-dim {size} --causal --batch 1 --q-len 16384 --kv-len 16384" for size in (64, 128, 256)),
             *(f"--head-dim {size} --causal --batch 32 --q-len 512 --kv-len 512" for size in (64, 128, 256)),
             *(f"--head-dim {size} --causal --fp8{scores}" for size in (64, 128, 256) for scores in ("", " int8")),
             *(f"--head-dim 128 --causal {feature}" for feature in FEATURES),

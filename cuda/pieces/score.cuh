@@ -93,6 +93,7 @@ struct CappedLogits {
     quintic = 0.128416129f * kLog2E * p.scale * square * square;
   }
 
+  JF_DEVICE int limit(const float (&)[2]) const { return __float_as_int(kThreshold); }
   // Of squares of raw scores; negative: all are higher.
   JF_DEVICE float bound(const float (&top)[2], float limit) const {
     const float logit = fminf(kNear * afresh(problem.softcap), (fminf(top[0], top[1]) + limit) * kLn2);

@@ -24,6 +24,8 @@ struct Linear {
   float unit;
 
   JF_DEVICE float logit(float score) const { return score * unit; }
+  // Bits of the exponent above which a row's top rises, by the sums of this thread's columns.
+  JF_DEVICE int limit(const float (&)[2]) const { return __float_as_int(kThreshold); }
   // What low() needs to tell that no exponent is higher than `limit`.
   JF_DEVICE float bound(const float (&)[2], float) const { return 0.f; }
   // Scores kBegin to kEnd become logits less their row's top.
@@ -34,10 +36,18 @@ struct Linear {
   }
 };
 
-// For many keys. Of 131072, with outliers, the output's error is 3 to 5 % larger than with tops that are maxima; 8 to
-// 11 % with a threshold of 4 (benchmarks/results/logs/forward-outliers.txt). A row's top rises about once more.
+// For many keys, among which tops rise often: a key's p is to be exact where it counts, which is where the key has more
+// than a share of its row. That takes no maxima, hardly a rise where scores are N(0, 1), and has nearly the errors of
+// tops that are maxima (docs/performance.md). Not for fewer keys: the first sums are small, and the tops follow.
 struct CloseLinear : Linear {
-  static constexpr float kThreshold = 2.f;
+  static constexpr float kShare = 0.25f, kLeast = 0.5f, kMost = 8.f;
+
+  JF_DEVICE int limit(const float (&sum)[2]) const {
+    const float quarter = fminf(sum[0], sum[1]);  // four threads share a row, about evenly
+    // A float's bits are its logarithm, to 0.09.
+    const float log2_share = (__float_as_int(quarter) - __float_as_int(0.25f / kShare)) * 0x1p-23f;
+    return __float_as_int(fminf(fmaxf(log2_share, kLeast), kMost));
+  }
 };
 
 // kStartsEmpty: a row may see no key of the first tile.
@@ -45,6 +55,7 @@ template <bool kStartsEmpty>
 struct OnlineSoftmax {
   float top[2];
   float bound;      // by the tops and the threshold
+  int limit;        // bits of the exponent above which a top rises
   float sum[2];     // of this thread's columns only, until finish()
   int some_unseen;  // of the rows of the warp
 
@@ -61,7 +72,9 @@ struct OnlineSoftmax {
     if (kFirst || (kStartsEmpty && some_unseen)) begin<kFirst>(s, logits);
     rescale[0] = rescale[1] = 1.f;
     const int done = low_parts<0>(s, logits);
-    return done < N && parts<kFirst, 0>(s, rescale, logits, done);
+    const bool grown = done < N && parts<kFirst, 0>(s, rescale, logits, done);
+    limit = logits.limit(sum);  // here, under the products, not where the next step waits for it
+    return grown;
   }
 
   // The factor that normalises the output of row r, and the row's natural lse. `sink` (natural units) joins the
@@ -152,7 +165,7 @@ struct OnlineSoftmax {
     logits.template exponents<kBegin, kEnd>(s, top);
     bool grown = false;
     if constexpr (!kFirst) {
-      grown = __any_sync(~0u, highest_bits<kBegin, kEnd>(s) > __float_as_int(Logits::kThreshold));
+      grown = __any_sync(~0u, highest_bits<kBegin, kEnd>(s) > limit);
       if (grown) raise<kBegin, kEnd>(s, rescale, logits);
     }
     exponentials<kBegin, kEnd>(s);

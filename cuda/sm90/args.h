@@ -14,7 +14,7 @@ struct Sm90ForwardTiles {
   bool q_registers;  // queries wait in registers, not in shared memory, which then has room and bandwidth to spare
   int packed;        // query heads of a key head whose rows share a tile; 1: each head has its own
   bool dynamic;      // tiles are drawn from a counter, else dealt out in advance
-  bool close_tops;   // of many keys: the running maxima stay closer (CloseLinear)
+  bool close_tops;   // of many keys: the running maxima stay close where it counts (CloseLinear)
   bool bias_tiles;   // TMA brings the bias, 16 bits each, with the keys; else each thread reads its own elements
 };
 
