@@ -96,6 +96,26 @@ def test_many_queries(window, features, deterministic):
     check(case, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("features", [(), ("q_offset", "kv_lengths", "sinks", "dlse")], ids=" ".join)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("growth", [0.0, 3.0])
+def test_many_keys(growth, head_dim, features):
+    """Running maxima follow rules of their own."""
+    case = cases.Case(
+        batch=(1,),
+        q_len=205,
+        kv_len=16500,
+        head_dim=head_dim,
+        value_dim=head_dim,
+        scale=head_dim**-0.5,
+        causal=bool(features),
+        dtype="bfloat16",
+        features=frozenset(features),
+        growth=growth,
+    )
+    check(case)
+
+
 def test_arrays_shared_by_mapped_calls_equal_copies():
     q, k, v = normal(3, 2, 70, 4, 64), normal(2, 90, 2, 64, seed=1), normal(3, 2, 90, 2, 64, seed=2)
     shared = jax.vmap(kernel, in_axes=(0, None, 0))(q, k, v)
