@@ -44,7 +44,8 @@ Sm90ForwardTiles ChooseTiles(const Call& call, bool bias_tiles = false) {
   const bool window = spec.window_left || spec.window_right;
   const bool long_plain = call.problem.q_len >= 8192 && !window && !spec.dropout;
   const bool dynamic = Masks(spec) || spec.q_lengths || spec.kv_lengths;
-  const bool close_tops = call.problem.kv_len >= 16384 && !spec.softcap;
+  // Where rows see many keys: with few, sums are small and tops rise often.
+  const bool close_tops = call.problem.kv_len >= 16384 && !window && !spec.segment_ids && !spec.softcap;
   Sm90ForwardTiles tiles{128, 128, 2, 2, false, 1, dynamic, close_tops, bias_tiles};
   if (bias_tiles) {  // take no registers, but shared memory
     // With more rows there is less of the keys and values to load for a row, beside its bias.
