@@ -16,7 +16,6 @@ from jax_flash.extension import kernel_folder
 
 HEADS_128 = {"head_dim": 128, "value_dim": 128}
 LONGER = {"q_len": 400, "kv_len": 500}
-ONE_HEAD = {"batch": (1,), "q_heads": 1, "kv_heads": 1}
 # Names of the case table, with sizes that end inside tiles and give the two multiprocessors several tiles each.
 CASES = {
     80: [
@@ -42,8 +41,7 @@ CASES = {
         ("many batch entries, causal", {}),
         ("few queries of grouped heads, segment ids", {"head_dim": 64, "value_dim": 64}),
         ("growing scores, causal", {"head_dim": 256, "value_dim": 256, "dtype": "float16", **LONGER}),
-        ("lse", {**HEADS_128, "q_len": 8200, "kv_len": 200, **ONE_HEAD}),
-        ("lse, sinks", {"head_dim": 64, "value_dim": 64, "q_len": 70, "kv_len": 16400, "growth": 5.0, **ONE_HEAD}),
+        ("lse", {**HEADS_128, "q_len": 8200, "kv_len": 200, "batch": (1,), "q_heads": 1, "kv_heads": 1}),
         ("bias in tiles", {**HEADS_128, "q_len": 400, "kv_len": 504}),
         ("window, offset", {**HEADS_128, "q_len": 500, "kv_len": 700, "deterministic": True}),
     ],
@@ -106,6 +104,12 @@ def check_fp8_nan() -> None:
     )
 
 
+def check_many_keys() -> None:
+    import test_kernels
+
+    test_kernels.check_weight_of_a_key_that_outweighs_many_others()
+
+
 RUNS = {f"sm_{arch}, {name}": (arch, check, name, fields) for arch in CASES for name, fields in CASES[arch]}
 RUNS |= {
     f"FP8, {scores}, head size {size}": (90, check_fp8, size, scores)
@@ -113,6 +117,7 @@ RUNS |= {
     for scores in ("e4m3", "int8")
 }
 RUNS["FP8, int8, NaN"] = 90, check_fp8_nan
+RUNS["many keys"] = 90, check_many_keys
 RUNS["FP8, rows without keys"] = 90, check_fp8_of_rows_without_keys
 
 

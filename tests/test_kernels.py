@@ -6,6 +6,7 @@ They run whatever kernel the plan chooses; `JAX_FLASH_KERNELS=sm80` restricts it
 from __future__ import annotations
 
 import concurrent.futures
+import os
 
 import cases
 import jax
@@ -100,11 +101,13 @@ def test_many_queries(window, features, deterministic):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("growth", [0.0, 3.0])
 def test_many_keys(growth, head_dim, features):
-    """Running maxima follow rules of their own."""
+    """Running maxima follow a rule of their own. So many heads that the keys are not divided over the grid."""
     case = cases.Case(
         batch=(1,),
-        q_len=205,
+        q_len=3,
         kv_len=16500,
+        q_heads=67,
+        kv_heads=1,
         head_dim=head_dim,
         value_dim=head_dim,
         scale=head_dim**-0.5,
@@ -114,6 +117,30 @@ def test_many_keys(growth, head_dim, features):
         growth=growth,
     )
     check(case)
+
+
+def check_weight_of_a_key_that_outweighs_many_others():
+    """The running maximum, first that of the last keys, does not stay behind."""
+    batch, t, s, size = 67, 65, 16500, 64
+    scores = np.linspace(2, 2.7, 65).astype(jnp.bfloat16).astype(np.float32)
+    weights = np.exp(scores)  # beside a maximum of 0
+    score = scores[np.argmax(abs(weights.astype(jnp.bfloat16).astype(np.float32) / weights - 1))]
+    q, k = np.zeros((batch, t, 1, size), jnp.bfloat16), np.zeros((batch, s, 1, size), jnp.bfloat16)
+    v = np.array(normal(batch, s, 1, size))
+    q[..., 0], k[..., 0] = 1, -20
+    k[0, -1, 0, 0], k[0, 5000, 0, 0] = 0, score
+    lengths = jnp.full(batch, 100).at[0].set(s)  # the others only keep the keys together
+    out = np.asarray(kernel(q, k, v, scale=1.0, kv_lengths=lengths), np.float64)[0, 0, 0]
+    p = np.exp(k[0, :, 0, 0].astype(np.float64) - score)
+    right = p @ v[0, :, 0].astype(np.float64) / p.sum()
+    ulps = np.abs(out - right) / 2.0 ** (np.floor(np.log2(np.abs(right))) - 7)
+    assert ulps.max() < 0.52  # rounded once
+
+
+def test_a_key_that_outweighs_many_others_has_an_exact_weight():
+    if os.environ.get("JAX_FLASH_KERNELS") == "sm80" or jax.devices()[0].compute_capability != "9.0":
+        pytest.skip("the rule of the Hopper kernel")
+    check_weight_of_a_key_that_outweighs_many_others()
 
 
 def test_arrays_shared_by_mapped_calls_equal_copies():

@@ -47,7 +47,7 @@ def table() -> dict:
         "head size 64": (sized(64, causal=True), {}),
         "head size 128, window, softcap": (sized(128, causal=True, window=(70, 0), softcap=20.0), {}),
         "head size 128, many queries": (sized(128, batch=(1,), q_len=8200, q_heads=2), {}),
-        "head size 128, many keys": (sized(128, batch=(1,), q_len=50, kv_len=16500, q_heads=2, growth=3.0), {}),
+        "head size 128, many keys": (sized(128, batch=(1,), q_len=3, kv_len=16500, q_heads=67, kv_heads=1), {}),
         "head size 128, segment ids": (sized(128, "segment_ids"), {"deterministic": True}),
         "head size 256, lengths": (sized(256, "q_lengths", "kv_lengths"), {}),
         "head size 128, many batch entries": (sized(128, batch=(64,), q_len=50), {}),  # the first keys store dq
