@@ -80,7 +80,8 @@ def own_kernels() -> set[str]:
 
 
 def shares(moving: Iterable[str], kernels: list[tuple[str, float]]) -> dict[str, float]:
-    """Of a step's kernel times in ms: those of this library, of the instructions `moving`, and of all."""
+    """Of a step's kernel times in ms: those of this library, of the instructions `moving`, and of all. Equal
+    instructions share a kernel, which has the name of one of them."""
     groups = {"attention_ms": own_kernels(), "moves_ms": {re.sub(r"[.-]", "_", name) for name in moving}}
     sums = {group: sum(time_ms for name, time_ms in kernels if name in names) for group, names in groups.items()}
     return {"all_ms": sum(time_ms for _, time_ms in kernels)} | sums
