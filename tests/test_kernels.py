@@ -139,7 +139,7 @@ def check_weight_of_a_key_that_outweighs_many_others():
 
 def test_a_key_that_outweighs_many_others_has_an_exact_weight():
     if os.environ.get("JAX_FLASH_KERNELS") == "sm80" or jax.devices()[0].compute_capability != "9.0":
-        pytest.skip("the rule of the Hopper kernel")
+        pytest.skip("the other kernels let a maximum lag behind by 4 in log2 units")
     check_weight_of_a_key_that_outweighs_many_others()
 
 

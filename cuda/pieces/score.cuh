@@ -95,8 +95,8 @@ struct CappedLogits {
 
   JF_DEVICE int limit(const float (&)[2]) const { return __float_as_int(kThreshold); }
   // Of squares of raw scores; negative: all are higher.
-  JF_DEVICE float bound(const float (&top)[2], float limit) const {
-    const float logit = fminf(kNear * afresh(problem.softcap), (fminf(top[0], top[1]) + limit) * kLn2);
+  JF_DEVICE float bound(const float (&top)[2]) const {
+    const float logit = fminf(kNear * afresh(problem.softcap), (fminf(top[0], top[1]) + kThreshold) * kLn2);
     const float score = logit * reciprocal(problem.scale);
     return score * fabsf(score);
   }

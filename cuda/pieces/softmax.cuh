@@ -26,8 +26,8 @@ struct Linear {
   JF_DEVICE float logit(float score) const { return score * unit; }
   // Bits of the exponent above which a row's top rises, by the sums of this thread's columns.
   JF_DEVICE int limit(const float (&)[2]) const { return __float_as_int(kThreshold); }
-  // What low() needs to tell that no exponent is higher than `limit`.
-  JF_DEVICE float bound(const float (&)[2], float) const { return 0.f; }
+  // What low() needs to tell that no exponent is higher than the threshold.
+  JF_DEVICE float bound(const float (&)[2]) const { return 0.f; }
   // Scores kBegin to kEnd become logits less their row's top.
   template <int kBegin, int kEnd, int N>
   JF_DEVICE void exponents(float (&s)[N], const float (&top)[2]) const {
@@ -119,7 +119,7 @@ struct OnlineSoftmax {
       top[r] = none ? 0.f : logits.logit(highest[r]);
       unseen |= none;
     }
-    bound = logits.bound(top, Logits::kThreshold);
+    bound = logits.bound(top);
     if constexpr (kStartsEmpty) some_unseen = __any_sync(~0u, unseen);
   }
 
@@ -206,7 +206,7 @@ struct OnlineSoftmax {
       sum[r] *= factor[r];
       rescale[r] *= factor[r];
     }
-    bound = logits.bound(top, Logits::kThreshold);
+    bound = logits.bound(top);
 #pragma unroll
     for (int i = 0; i < kBegin; i++) s[i] *= factor[fragment_row(i)];
 #pragma unroll
